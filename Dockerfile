@@ -1,0 +1,53 @@
+# local/torch: base → deps (the virtual environment) → runtime → dev. Only dependencies are in the image; the
+# checkout is mounted at /usr/src/app/tml, so editing code never rebuilds.
+#
+#   python -m tml.docker build          what `run` uses: labelled with the hash of what went in
+#   docker compose build, docker build . --target runtime      the same, by BuildKit
+#
+# No RUN --mount: docker-py speaks to the engine's classic builder only, which has none.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS base
+# The whole PATH is written out: a base image need not state one, and then $PATH would be empty here.
+ENV VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONUNBUFFERED=1
+
+FROM base AS deps
+ARG VARIANT=cpu
+# `build` finds this stage by the label and removes it: it may hold wheels and an index address with a password.
+LABEL tml.stage=deps
+# .build/ is what the host's pip knows: wheels of the pinned set, pip.conf, cert.pem. It may be absent (the
+# pattern then matches nothing). It is copied into this stage alone, of which only /opt/venv goes further:
+# neither a wheel nor an address reaches a layer, the history or a label of the image that is kept.
+COPY requirements .build* /build/
+RUN python3 -m venv /opt/venv \
+ && if [ -f /build/pip.conf ]; then export PIP_CONFIG_FILE=/build/pip.conf; \
+    elif [ -d /build/wheels ]; then export PIP_FIND_LINKS=/build/wheels; fi \
+ && if [ -f /build/cert.pem ]; then export PIP_CERT=/build/cert.pem; fi \
+ && PIP_NO_CACHE_DIR=1 bash /build/install.sh /opt/venv/bin/python "${VARIANT}" \
+ && echo /usr/src/app/tml > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tml.pth"
+
+FROM base AS runtime
+COPY --from=deps /opt/venv /opt/venv
+# The container runs as whoever started it: any user id must be able to reach the mounts below /root and to
+# write caches there. The mount points exist so that the engine need not make them.
+RUN mkdir -p /usr/src/app/tml /root/.config /root/tmp /data && chmod 1777 /root /root/tmp
+WORKDIR /usr/src/app
+CMD ["bash"]
+
+# What dev adds is copied alone, so that dev shares the large layer with runtime.
+FROM deps AS dev-deps
+ARG VARIANT=cpu
+RUN touch /before \
+ && if [ -f /build/pip.conf ]; then export PIP_CONFIG_FILE=/build/pip.conf; \
+    elif [ -d /build/wheels ]; then export PIP_FIND_LINKS=/build/wheels; fi \
+ && if [ -f /build/cert.pem ]; then export PIP_CERT=/build/cert.pem; fi \
+ && PIP_NO_CACHE_DIR=1 bash /build/install.sh /opt/venv/bin/python "${VARIANT}" dev \
+ && mkdir /added && find /opt/venv -cnewer /before ! -type d -print0 | tar --null -T - -cf - -P | tar -xf - -C /added
+
+FROM runtime AS dev
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends git procps >/dev/null \
+ && rm -rf /var/lib/apt/lists/*
+COPY --from=dev-deps /added/opt/venv /opt/venv

@@ -1,0 +1,1 @@
+"""TwHIN: vectors for users and items, learned from a graph of engagements."""

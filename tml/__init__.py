@@ -1,0 +1,1 @@
+"""The library: it knows no model. Projects import it; it never imports a project."""

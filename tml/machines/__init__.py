@@ -1,0 +1,1 @@
+"""Where this process runs: its role and rank, whether it is in a virtual environment."""

@@ -1,0 +1,116 @@
+"""The environment variables that tml reads and writes: the only file that knows their names.
+
+Standard library only: the launcher, the scripts' guards and the trainer all read it. torchrun sets the rank and the
+addresses; `python -m tml.docker` sets the role; a script that is started without either gets the defaults below.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+Role = Literal["chief", "worker", "datasetworker", "evaluator"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+SPEC_TYPE = "SPEC_TYPE"
+"""The role of this container or process, one of ROLES."""
+TML_BASE = "TML_BASE"
+"""Root of the checkout, where it is not the folder that holds this package."""
+TML_LAUNCHER = "TML_LAUNCHER"
+"""How to call the launcher in messages, when it was started through a script."""
+TML_REQUIRE_DOCKER = "TML_REQUIRE_DOCKER"
+"""1: a missing engine fails the tests that need one, instead of leaving them out."""
+PET_NPROC_PER_NODE = "PET_NPROC_PER_NODE"
+"""torchrun's own name for --nproc_per_node; the in-container script passes it on."""
+RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
+WORLD_SIZE, LOCAL_WORLD_SIZE = "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+PYTHONPATH, HOME, USER, LOGNAME = "PYTHONPATH", "HOME", "USER", "LOGNAME"
+TORCHINDUCTOR_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
+DOCKER_HOST, DOCKER_CONTEXT, DOCKER_CONFIG = "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG"
+XDG_RUNTIME_DIR = "XDG_RUNTIME_DIR"
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
+"""Taken over into image builds, in capitals or small; the engine keeps these out of an image's history."""
+
+_SECRET_WORDS = frozenset(
+    "TOKEN KEY SECRET SECRETS PASSWORD PASSWD PASS PASSPHRASE PWD CREDENTIAL CREDENTIALS APIKEY AUTH".split()
+)
+
+
+def get(name: str) -> str | None:
+    """The value of a variable that somebody else named, as in `${NAME}` of a YAML file; None where unset."""
+    return os.environ.get(name)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"{name}={text!r} in the environment: expected an integer of 0 or more")
+    return value
+
+
+def rank() -> int:
+    """Rank among all processes of the job; 0 outside torchrun."""
+    return _integer(RANK, 0)
+
+
+def local_rank() -> int:
+    """Rank among the processes of this machine or container; 0 outside torchrun."""
+    return _integer(LOCAL_RANK, 0)
+
+
+def world_size() -> int:
+    """Number of processes of the job; 1 outside torchrun."""
+    return _integer(WORLD_SIZE, 1)
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine or container; 1 outside torchrun."""
+    return _integer(LOCAL_WORLD_SIZE, 1)
+
+
+def has_master_address() -> bool:
+    """Whether torchrun (or someone like it) said where the processes meet."""
+    return bool(os.environ.get(MASTER_ADDR)) and bool(os.environ.get(MASTER_PORT))
+
+
+def spec_type() -> Role:
+    """This container's role; chief where nothing says otherwise."""
+    text = os.environ.get(SPEC_TYPE) or "chief"
+    for role in ROLES:
+        if role == text:
+            return role
+    raise ValueError(f"{SPEC_TYPE}={text!r} in the environment: expected one of {', '.join(ROLES)}")
+
+
+def tml_base() -> Path:
+    """Root of the checkout: TML_BASE where set, else the folder that holds this package."""
+    given = os.environ.get(TML_BASE)
+    return Path(given).resolve() if given else Path(__file__).resolve().parents[2]
+
+
+def home(env: Mapping[str, str] = os.environ) -> Path:
+    """The caller's home folder."""
+    given = env.get(HOME)
+    if given:
+        return Path(given)
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ValueError("HOME is not set and this user has no entry in the user database: export HOME") from None
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name likely holds something that must not be printed.
+
+    By whole words (HF_TOKEN, apiKey, DB_PASSWORD) so that MONKEY and TOKENIZERS_PARALLELISM are not taken for one.
+    """
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return any(word.upper() in _SECRET_WORDS for word in words)
