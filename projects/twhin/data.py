@@ -1,0 +1,199 @@
+"""Edges → batches: reader, checks, and the layout in which the model scores them.
+
+`to_batch` is a pure function of (edges, step, rank, seed): the negatives of a step are drawn from a generator made of those numbers, so a
+run that is taken up again draws the same ones. A batch is a list of groups, the edges of one pair of tables, sorted by relation;
+a group's ids and those of its negatives are looked up in one go per table.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from projects.twhin.config import DataConfig, ModelConfig
+from tml.data.parquet import Columns, DataError, ParquetRows, Position, ShuffledReader
+from tml.distributed import Job
+
+COLUMNS = ("lhs", "rel", "rhs")
+VALIDATION_STEP = 1 << 40
+"""Steps of validation start here, so that their negatives are not those of a training step."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The n edges of a batch whose relations join one pair of tables, sorted by relation.
+
+    Chunk c of the group, edges [c·C, (c + 1)·C), shares the negatives of row c.
+    """
+
+    lhs_table: str
+    rhs_table: str
+    relation: Tensor  # (n,)
+    lhs: Tensor  # (n,) rows of lhs_table
+    rhs: Tensor  # (n,) rows of rhs_table
+    lhs_negatives: Tensor  # (chunks, K) rows of lhs_table
+    rhs_negatives: Tensor  # (chunks, K) rows of rhs_table
+
+    def to(self, device: torch.device) -> Self:
+        """The group on `device`."""
+        return type(self)(
+            self.lhs_table,
+            self.rhs_table,
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (
+                    self.relation,
+                    self.lhs,
+                    self.rhs,
+                    self.lhs_negatives,
+                    self.rhs_negatives,
+                )
+            ),
+        )
+
+    def lookups(self) -> list[tuple[str, Tensor]]:
+        """(table, ids) of each set of vectors that the scores need: lhs, rhs, lhs and rhs negatives."""
+        return [
+            (self.lhs_table, self.lhs),
+            (self.rhs_table, self.rhs),
+            (self.lhs_table, self.lhs_negatives.flatten()),
+            (self.rhs_table, self.rhs_negatives.flatten()),
+        ]
+
+
+@dataclass(frozen=True)
+class EdgeBatch:
+    """The edges of one step of one process."""
+
+    groups: tuple[Group, ...]
+    num_edges_all: int
+    """Edges of this step over all processes: what the loss is divided by."""
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on `device`."""
+        return type(self)(tuple(group.to(device) for group in self.groups), self.num_edges_all)
+
+    def ids(self, tables: Sequence[str]) -> dict[str, Tensor]:
+        """Table → ids of all groups' lookups, one behind the other; empty for a table that the batch does not touch."""
+        found: dict[str, list[Tensor]] = {table: [] for table in tables}
+        for group in self.groups:
+            for table, ids in group.lookups():
+                found[table].append(ids)
+        return {
+            table: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            for table, parts in found.items()
+        }
+
+
+class EdgeLayout:
+    """What the relations say about edges: which tables they join, and how many rows those have."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.relations = model.relations
+        self.num_rows = {table.name: table.num_embeddings for table in model.embeddings.tables}
+        pairs = [(relation.lhs, relation.rhs) for relation in model.relations]
+        self.pairs = list(dict.fromkeys(pairs))
+        self.pair_of = np.array([self.pairs.index(pair) for pair in pairs])
+        self._lhs_rows = np.array([self.num_rows[relation.lhs] for relation in model.relations])
+        self._rhs_rows = np.array([self.num_rows[relation.rhs] for relation in model.relations])
+
+    def check(self, columns: Columns, path: str, first_row: int) -> None:
+        """Refuse ids out of range; they would be read as another entity's row, or crash."""
+        relation = columns["rel"]
+        names = ", ".join(f"{i} {r.name}" for i, r in list(enumerate(self.relations))[:12])
+        _check_range(
+            relation, len(self.relations), path, first_row, "rel", f"relations are {names}"
+        )
+        for side, rows in (("lhs", self._lhs_rows), ("rhs", self._rhs_rows)):
+            limits = rows[relation]
+            values = columns[side]
+            if (bad := (values < 0) | (values >= limits)).any():
+                at = int(np.argmax(bad))
+                found = self.relations[int(relation[at])]
+                table = getattr(found, side)
+                raise DataError(
+                    f"{path}, row {first_row + at}: {side} {values[at]} of relation {found.name!r} is "
+                    f"out of range: table {table!r} has {limits[at]} rows (ids 0 to {limits[at] - 1}); "
+                    "set its num_embeddings, or prepare the data again"
+                )
+
+
+def build_reader(
+    config: DataConfig, layout: EdgeLayout, job: Job, seed: int, num_epochs: int, micro_batches: int
+) -> ShuffledReader:
+    """The reader of this process; a batch is `micro_batches` times per_replica_batch_size edges."""
+    rows = ParquetRows(config.data_root, COLUMNS, config.offset, config.limit)
+    return ShuffledReader(
+        rows,
+        config.per_replica_batch_size * micro_batches,
+        num_epochs,
+        seed,
+        job.rank,
+        job.world_size,
+        config.shuffle_rows,
+        layout.check,
+    )
+
+
+def read_batches(
+    reader: ShuffledReader,
+    layout: EdgeLayout,
+    config: DataConfig,
+    job: Job,
+    seed: int,
+    position: Position,
+    first_step: int,
+) -> Iterator[tuple[EdgeBatch, Position]]:
+    """Batches from `position`, each with the position behind it; the first is the batch of step `first_step`."""
+    for step, read in enumerate(reader.batches(position), start=first_step):
+        generator = np.random.default_rng([seed, step, job.rank])
+        yield to_batch(read.columns, layout, config, generator, read.num_rows_all), read.after
+
+
+def to_batch(
+    columns: Columns,
+    layout: EdgeLayout,
+    config: DataConfig,
+    generator: np.random.Generator,
+    num_edges_all: int,
+) -> EdgeBatch:
+    """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with uniform negatives for each side and chunk."""
+    relation = columns["rel"]
+    order = np.lexsort((relation, layout.pair_of[relation]))
+    lhs, relation, rhs = columns["lhs"][order], relation[order], columns["rhs"][order]
+    pair = layout.pair_of[relation]
+    groups = []
+    for number in np.unique(pair):
+        start, stop = np.searchsorted(pair, [number, number + 1])
+        lhs_table, rhs_table = layout.pairs[number]
+        chunks = -(-(stop - start) // config.chunk_size)
+        shape = (chunks, config.global_negatives)
+        groups.append(
+            Group(
+                lhs_table,
+                rhs_table,
+                torch.from_numpy(relation[start:stop]),
+                torch.from_numpy(lhs[start:stop]),
+                torch.from_numpy(rhs[start:stop]),
+                torch.from_numpy(generator.integers(layout.num_rows[lhs_table], size=shape)),
+                torch.from_numpy(generator.integers(layout.num_rows[rhs_table], size=shape)),
+            )
+        )
+    return EdgeBatch(tuple(groups), num_edges_all)
+
+
+def _check_range(
+    values: Ints, limit: int, path: str, first_row: int, column: str, remedy: str
+) -> None:
+    bad = (values < 0) | (values >= limit)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise DataError(
+            f"{path}, row {first_row + at}: {column} {values[at]} is out of range 0 to {limit - 1}; {remedy}"
+        )

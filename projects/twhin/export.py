@@ -1,0 +1,124 @@
+"""Vectors out: a step folder → `Vectors` in memory, and `Vectors` → one parquet file a type of entity.
+
+Files: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the table has a vocabulary), vector (list of D
+float32), and `<folder>/relations.parquet` with columns id, relation, vector (θ_r).
+
+    python projects/twhin/export.py --run=RUN_FOLDER [--step=N] [--output=FOLDER]
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
+from projects.twhin.model import Vectors
+from tml import checkpoint
+from tml.config import ConfigError, load_config
+from tml.data.parquet import DataError
+
+BLOCK_ROWS = 1 << 16
+
+
+def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
+    """All vectors of a complete step folder as float32."""
+    saved = checkpoint.load_whole(folder, "t")
+    tables = {
+        table.name: saved[f"tables.{table.name}.weight"].float()
+        for table in config.embeddings.tables
+    }
+    return Vectors(tables, saved["translations"], list(config.relations))
+
+
+def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[Path]:
+    """Write the parquet files of all tables and relations into `folder`, which is replaced as a whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for table in config.embeddings.tables:
+            names = _read_vocabulary(table)
+            path = temporary / f"{table.name}.parquet"
+            _write(path, vectors.tables[table.name], "entity", names)
+        relations = [relation.name for relation in config.relations]
+        _write(temporary / "relations.parquet", vectors.translations, "relation", relations)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(folder.glob("*.parquet"))
+
+
+def resolve_run(run: Path, step: int | None) -> tuple[Path, TwhinConfig]:
+    """The step folder (the newest complete one where `step` is None) of a run folder, and the config it was made with."""
+    if step is None:
+        steps = checkpoint.complete_steps(run)
+        if not steps:
+            raise checkpoint.CheckpointError(f"{run} holds no complete step folder; train first")
+        step = steps[-1]
+    folder = run / str(step)
+    checkpoint.load_meta(folder)
+    return folder, load_config(TwhinConfig, folder / checkpoint.CONFIG)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
+    parser.add_argument("--step", type=int, help="step folder; default: the newest complete one")
+    parser.add_argument("--output", type=Path, help="default: RUN/vectors")
+    arguments = parser.parse_args(argv)
+    try:
+        folder, config = resolve_run(arguments.run, arguments.step)
+        output = arguments.output or arguments.run / "vectors"
+        for path in export_vectors(load_vectors(folder, config.model), config.model, output):
+            print(path)
+    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read_vocabulary(table: TableConfig) -> list[str] | None:
+    """Entity names in the order of their ids, or None where the table has no vocabulary."""
+    if table.vocab is None:
+        return None
+    try:
+        vocabulary = pq.read_table(table.vocab, columns=["id", "entity"]).sort_by("id")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"vocabulary {table.vocab} of table {table.name!r} cannot be read: {error}"
+        ) from error
+    if vocabulary.num_rows != table.num_embeddings:
+        raise DataError(
+            f"vocabulary {table.vocab} has {vocabulary.num_rows:,} entities, table {table.name!r} has "
+            f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
+        )
+    names = vocabulary.column("entity").cast(pa.string()).to_pylist()
+    assert isinstance(names, list)
+    return names
+
+
+def _write(path: Path, rows: Tensor, name_column: str, names: list[str] | None) -> None:
+    """Rows (N, D) float32 with their numbers and, where known, names; in blocks, so that memory stays flat."""
+    dim = rows.shape[1]
+    fields = [pa.field("id", pa.int64()), pa.field("vector", pa.list_(pa.float32(), dim))]
+    if names is not None:
+        fields.insert(1, pa.field(name_column, pa.string()))
+    schema = pa.schema(fields)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS].contiguous().cpu().numpy()
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim)
+            columns = [pa.array(range(start, start + len(block)), pa.int64()), vectors]
+            if names is not None:
+                columns.insert(1, pa.array(names[start : start + len(block)], pa.string()))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""Train TwHIN: config and edges in, vectors and metrics out.
+
+    torchrun --standalone --nnodes 1 --nproc_per_node 1 projects/twhin/run.py \
+        --config_yaml_path=projects/twhin/config/local.yaml --save_dir=$HOME/tmp/runs/twhin
+
+The run folder (save_dir) gets config.yaml (resolved), metrics.jsonl (one record an interval), a step folder a checkpoint, metrics.json
+and vectors/. Started again with the same command, a run goes on from its last complete step folder.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from projects.twhin import evaluate, export, planted
+from projects.twhin.config import DataConfig, TwhinConfig
+from projects.twhin.data import (
+    VALIDATION_STEP,
+    EdgeBatch,
+    EdgeLayout,
+    build_reader,
+    read_batches,
+)
+from projects.twhin.model import TwhinModel, table_specs
+from tml import checkpoint, distributed, logs
+from tml.checkpoint import CheckpointError
+from tml.config import ConfigError, load_config, to_yaml
+from tml.data.parquet import DataError, Position
+from tml.data.prefetch import prefetch
+from tml.distributed import Job
+from tml.embeddings import ArrayRows, build_tables
+from tml.logs import MetricLog
+from tml.optimizers import build_dense_optimizer, set_learning_rate
+from tml.train import Loop, Progress, StepResult
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+VECTORS = "vectors"
+
+
+def run(
+    config: TwhinConfig,
+    save_dir: Path,
+    *,
+    overwrite: bool = False,
+    repeat: bool = False,
+    evaluates: bool = True,
+) -> int | None:
+    """Train, evaluate and export in this process, one of the job's; returns None, or the number of the signal that stopped it.
+
+    overwrite: what an earlier run left in save_dir is removed first. repeat: a finished run there is moved aside.
+    """
+    with distributed.join(config.training.eval_timeout_in_s) as job:
+        logs.set_up(job.rank)
+        _announce_ignored(config)
+        torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
+
+        # Data. The chief makes what is missing; the others wait.
+        if config.planted is not None and job.is_chief:
+            planted.ensure(config.planted, _planted_folder(config.train_data))
+        distributed.barrier()
+        layout = EdgeLayout(config.model)
+        seed, data = config.training.seed, config.train_data
+        micro_batches = config.training.gradient_accumulation or 1
+        epochs = config.training.num_epochs
+        reader = build_reader(data, layout, job, seed, epochs, micro_batches)
+
+        # Run folder.
+        if job.is_chief:
+            if overwrite:
+                _remove_run(save_dir)
+            elif repeat and _is_finished(save_dir):
+                _move_aside(save_dir)
+            _make_run_folder(save_dir)
+        distributed.barrier()
+        log = MetricLog(save_dir, job.rank)
+
+        # Model and optimizer; the tables carry theirs.
+        tables = build_tables(table_specs(config.model), job, seed)
+        model = TwhinModel(config.model, tables, amp=config.runtime.enable_amp).to(job.device)
+        optimizer = build_dense_optimizer(config.model.translation_optimizer, [model.translations])
+        state = {**tables.state(), "translations": model.translations.data}
+        if config.model.translation_optimizer.kind == "adagrad":
+            state["translation_accumulator"] = optimizer.state[model.translations]["sum"]
+
+        # Resuming is the normal path: a run starts from its last complete step folder where there is one.
+        progress = Progress()
+        if steps := checkpoint.complete_steps(save_dir):
+            folder = save_dir / str(steps[-1])
+            progress = Progress.from_json(checkpoint.load_meta(folder), chief=job.is_chief)
+            checkpoint.load(folder, state)
+            _announce_changes(folder, config)
+            log.say(f"resuming {save_dir} at step {progress.step:,}")
+        else:
+            _initialise(config, tables.fill, state)
+        log.rewind(progress.step)
+        if job.is_chief:
+            (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
+        total_steps = progress.step + reader.steps_from(progress.position)
+        if config.training.num_train_steps is not None:
+            total_steps = max(progress.step, min(total_steps, config.training.num_train_steps))
+        log.say(_describe(config, job, reader.rows.num_rows, total_steps))
+
+        def update(batch: EdgeBatch, step: int) -> StepResult:
+            rates = tables.set_learning_rates(step)
+            rates["translation"] = config.model.translation_optimizer.learning_rate_at(step)
+            set_learning_rate(optimizer, rates["translation"])
+            loss_sum = model(batch, data)
+            # The mean over all processes' edges: engines average gradients over the processes.
+            (loss_sum * (job.world_size / batch.num_edges_all)).backward()
+            distributed.average_gradients([model.translations])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step == 0 or step == progress_at_start:
+                log.say(f"first step done {_seconds_since_start():.1f} s after the process started")
+            return StepResult(loss_sum.detach(), batch.num_edges_all, rates)
+
+        progress_at_start = progress.step
+
+        def save(progress: Progress) -> None:
+            meta = {**progress.to_json(), **_meta(job)}
+            keep = config.training.checkpoint_max_to_keep
+            checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep)
+
+        validate = None
+        if config.validation_data is not None:
+            validate = partial(_validate, config, config.validation_data, layout, job, model)
+        loop: Loop[EdgeBatch] = Loop(
+            job=job,
+            log=log,
+            update=update,
+            save=save,
+            total_steps=total_steps,
+            log_every=config.training.train_log_every_n,
+            unit="edges",
+            checkpoint_every=config.training.checkpoint_every_n,
+            validate=validate,
+            validate_every=config.training.eval_log_every_n,
+        )
+        batches = read_batches(reader, layout, data, job, seed, progress.position, progress.step)
+        with prefetch(batches) as ahead:
+            stopped_by = loop.run(ahead, progress)
+        if stopped_by is not None:
+            log.say(f"stopped by signal {stopped_by} after step {progress.step:,}; saved, start again to go on")
+            return stopped_by
+
+        # What was learned, read back from the last step folder: what is measured is what was saved.
+        folder = save_dir / str(progress.step)
+        vectors = export.load_vectors(folder, config.model)
+        if job.is_chief:
+            paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
+            log.say(f"vectors: {', '.join(str(path) for path in paths)}")
+        split = "test" if config.test_data else "validation"
+        if evaluates and (config.test_data or config.validation_data):
+            report = evaluate.evaluate_split(config, split, vectors, job)
+            if job.is_chief:
+                log.console.print(evaluate.render(report))
+                log.write("metrics", {"step": progress.step, **report})
+                _write_json(save_dir / METRICS, {"step": progress.step, **report})
+                log.say(f"metrics: {save_dir / METRICS}")
+        distributed.barrier()
+        return None
+
+
+@torch.no_grad()
+def _validate(
+    config: TwhinConfig, data: DataConfig, layout: EdgeLayout, job: Job, model: TwhinModel
+) -> dict[str, float]:
+    """Mean loss of num_eval_steps batches of the validation data (all where unset); nothing is updated."""
+    reader = build_reader(data, layout, job, config.training.seed, 1, 1)
+    batches = read_batches(reader, layout, data, job, config.training.seed, Position(), VALIDATION_STEP)
+    sums = torch.zeros(1, dtype=torch.float64)
+    num_edges = 0
+    for number, (batch, _) in enumerate(batches):
+        if number == config.training.num_eval_steps:
+            break
+        sums += model(batch, data).to("cpu", torch.float64)
+        num_edges += batch.num_edges_all
+    return {"loss": float(distributed.all_reduce_sum(sums)) / num_edges}
+
+
+def _initialise(config: TwhinConfig, fill: Any, state: dict[str, Any]) -> None:
+    """Start from an earlier model, or tables from files, where the config says so."""
+    if config.training.initial_checkpoint_dir is not None:
+        folder = Path(config.training.initial_checkpoint_dir)
+        model = {name: value for name, value in state.items() if not name.endswith("accumulator")}
+        checkpoint.load_meta(folder)
+        checkpoint.load(folder, model)
+    for table in config.model.embeddings.tables:
+        if table.pretrained is None:
+            continue
+        try:
+            rows = np.load(table.pretrained, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"pretrained {table.pretrained} cannot be read: {error}") from error
+        if rows.shape != (table.num_embeddings, table.embedding_dim):
+            raise DataError(
+                f"pretrained {table.pretrained} has shape {rows.shape}, table {table.name!r} needs "
+                f"{(table.num_embeddings, table.embedding_dim)}"
+            )
+        if not np.isfinite(rows).all():
+            row = int(np.argmin(np.isfinite(rows).all(axis=1)))
+            raise DataError(f"pretrained {table.pretrained}, row {row}: not a finite number")
+        fill(table.name, ArrayRows(torch.from_numpy(np.asarray(rows, dtype=np.float32))))
+
+
+def _announce_ignored(config: TwhinConfig) -> None:
+    if config.runtime.wandb is not None:
+        logger.warning("runtime.wandb is set but not used: metrics are in metrics.jsonl")
+
+
+def _announce_changes(folder: Path, config: TwhinConfig) -> None:
+    """Say which settings differ from those of the checkpoint that the run goes on from."""
+    before = _flatten(load_config(TwhinConfig, folder / checkpoint.CONFIG).model_dump(mode="json"))
+    now = _flatten(config.model_dump(mode="json"))
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            logger.warning(
+                "config has changed since the checkpoint: %s %s → %s",
+                key,
+                before.get(key),
+                now.get(key),
+            )
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, item in items for k, v in _flatten(item, f"{path}.{key}").items()}
+    return {path[1:]: tree}
+
+
+def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -> str:
+    tables = config.model.embeddings.tables
+    rows = ", ".join(f"{table.num_embeddings:,} {table.name}" for table in tables)
+    processes = f"{job.world_size} process{'es' if job.world_size > 1 else ''}"
+    return (
+        f"{num_edges:,} edges, {len(config.model.relations)} relations; {rows}; D = "
+        f"{tables[0].embedding_dim}; {total_steps:,} steps of {config.training.num_epochs} epochs; "
+        f"{processes} on {job.device.type}"
+    )
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    packages = ("torch", "numpy", "pyarrow")
+    versions = {name: version(name) for name in packages}
+    versions["python"] = ".".join(map(str, sys.version_info[:3]))
+    return {"time": time.time(), "world_size": job.world_size, "versions": versions}
+
+
+def _planted_folder(data: DataConfig) -> Path:
+    """The folder of the generated graph: data_root is <folder>/train/*.parquet."""
+    return Path(data.data_root).parent.parent
+
+
+def _make_run_folder(save_dir: Path) -> None:
+    save_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _run_files(save_dir: Path) -> list[Path]:
+    """What a run leaves in its folder; nothing else is ever removed or moved."""
+    if not save_dir.is_dir():
+        return []
+    names = {"metrics.jsonl", METRICS, checkpoint.CONFIG, VECTORS}
+    return [path for path in save_dir.iterdir() if path.name in names or path.name.isdigit()]
+
+
+def _remove_run(save_dir: Path) -> None:
+    for path in _run_files(save_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_finished(save_dir: Path) -> bool:
+    return (save_dir / METRICS).exists()
+
+
+def _move_aside(save_dir: Path) -> None:
+    number = next(n for n in range(1, 1 << 20) if not Path(f"{save_dir}.{n}").exists())
+    target = Path(f"{save_dir}.{number}")
+    target.mkdir()
+    for path in _run_files(save_dir):
+        path.rename(target / path.name)
+    logger.info("the finished run was moved to %s", target)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _seconds_since_start() -> float:
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for what the caller can mend, 128 + n when signal n stopped it."""
+    parser = argparse.ArgumentParser(description="Train TwHIN.")
+    parser.add_argument("--config_yaml_path", required=True, help="YAML of TwhinConfig's shape")
+    parser.add_argument("--save_dir", type=Path, help="run folder; default: training.save_dir")
+    parser.add_argument("--graph", type=Path, help="folder that prepare.py wrote; its graph.yaml is laid under the config")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="change one setting; repeatable")  # fmt: skip
+    parser.add_argument("--overwrite_save_dir", action="store_true", help="remove an earlier run first")
+    parser.add_argument("--repeat", action="store_true", help="if the run in save_dir is finished, move it aside and train anew")
+    parser.add_argument("--no_evaluation", action="store_true", help="train and export only")
+    arguments = parser.parse_args(argv)
+    try:
+        base = arguments.graph
+        if base is not None and base.is_dir():
+            base = base / "graph.yaml"
+        config = load_config(TwhinConfig, arguments.config_yaml_path, arguments.overrides, base)
+        save_dir = arguments.save_dir or config.training.save_dir
+        if save_dir is None:
+            raise ConfigError("no run folder: give --save_dir or set training.save_dir")
+        stopped_by = run(
+            config,
+            Path(save_dir),
+            overwrite=arguments.overwrite_save_dir,
+            repeat=arguments.repeat,
+            evaluates=not arguments.no_evaluation,
+        )
+    except (ConfigError, DataError, CheckpointError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"no space left on device: {error.filename or save_dir}; make room and start the same command again")
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _fail(message: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False, style="red")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Schedules against numbers worked out by hand; dense optimizers against torch's formulas."""
+
+import pytest
+import torch
+
+from tml.config import ConfigError, build_config
+from tml.optimizers import LearningRate, OptimizerConfig, build_dense_optimizer
+
+
+def rate(tree: dict[str, object]) -> LearningRate:
+    return LearningRate.model_validate(tree)
+
+
+def test_constant() -> None:
+    assert rate({"constant": 0.05}).at(10**6) == 0.05
+
+
+def test_piecewise_constant_changes_at_its_boundaries() -> None:
+    schedule = rate(
+        {
+            "piecewise_constant": {
+                "learning_rate_boundaries": [10, 20],
+                "learning_rate_values": [1.0, 0.5, 0.1],
+            }
+        }
+    )
+    assert [schedule.at(step) for step in (0, 9, 10, 19, 20, 99)] == [1.0, 1.0, 0.5, 0.5, 0.1, 0.1]
+
+
+def test_linear_ramp_to_constant() -> None:
+    schedule = rate({"linear_ramp_to_constant": {"learning_rate": 0.4, "num_ramp_steps": 4}})
+    assert [schedule.at(step) for step in (0, 1, 4, 100)] == pytest.approx([0.0, 0.1, 0.4, 0.4])
+
+
+def test_linear_ramp_to_cosine_passes_the_middle_half_way_down() -> None:
+    ramp = {
+        "learning_rate": 1.0,
+        "final_learning_rate": 0.2,
+        "num_ramp_steps": 10,
+        "final_num_steps": 30,
+    }
+    schedule = rate({"linear_ramp_to_cosine": ramp})
+    found = [schedule.at(step) for step in (5, 10, 20, 30, 99)]
+    assert found == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sgd": {}, "adam": {}}, "exactly one of sgd, adagrad, rowwise_adagrad, adam"),
+        ({"sgd": {"lr": -1}}, "sgd.lr"),
+        ({"sgd": {}, "learning_rate": {}}, "exactly one of constant"),
+        (
+            {
+                "sgd": {},
+                "learning_rate": {
+                    "piecewise_constant": {
+                        "learning_rate_boundaries": [1],
+                        "learning_rate_values": [1],
+                    }
+                },
+            },
+            "needs 2 values for 1 boundaries, has 1",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(OptimizerConfig, tree, "test")
+
+
+def test_a_schedule_takes_the_place_of_the_optimizers_own_rate() -> None:
+    tree = {"sgd": {"lr": 9.0}, "learning_rate": {"constant": 0.5}}
+    config = OptimizerConfig.model_validate(tree)
+    assert config.learning_rate_at(3) == 0.5
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = build_dense_optimizer(config, [parameter])
+    parameter.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert parameter.item() == 1.0 - 0.5 * 2.0
+
+
+def test_rowwise_adagrad_is_refused_for_dense_parameters() -> None:
+    config = OptimizerConfig.model_validate({"rowwise_adagrad": {}})
+    with pytest.raises(ValueError, match="embedding tables"):
+        build_dense_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])

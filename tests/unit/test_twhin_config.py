@@ -1,0 +1,113 @@
+"""TwhinConfig: the published shape loads, and the rules between fields."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from projects.twhin.config import TwhinConfig
+from tml.config import ConfigError, build_config, load_config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHIPPED = sorted((Path(__file__).parents[2] / "projects" / "twhin" / "config").glob("*.yaml"))
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "model": {
+            "embeddings": {
+                "tables": [
+                    {"name": "user", "num_embeddings": 3, "embedding_dim": 4},
+                    {"name": "tweet", "num_embeddings": 5, "embedding_dim": 4},
+                ]
+            },
+            "relations": [{"name": "fav", "lhs": "user", "rhs": "tweet"}],
+        },
+        "train_data": {"data_root": "x/*.parquet", "in_batch_negatives": 1},
+    }
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build_config(TwhinConfig, tree, "test")
+    return str(caught.value)
+
+
+def test_yaml_of_the_published_shape_loads_unchanged() -> None:
+    config = load_config(TwhinConfig, GOLDEN / "published_local.yaml")
+    tables = config.model.embeddings.tables
+    assert [(t.name, t.num_embeddings, t.optimizer.learning_rate_at(0)) for t in tables] == [
+        ("user", 424_241, 0.01),
+        ("tweet", 72_543, 0.005),
+    ]
+    assert [r.name for r in config.model.relations] == ["fav", "reply", "retweet", "magic_recs"]
+    assert config.train_data.limit == 9990
+    assert config.validation_data is not None and config.validation_data.offset == 9990
+    assert config.model.loss.logistic is not None
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_have_known_keys_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    tree = yaml.safe_load(path.read_text())
+    if "tables" not in tree.get("model", {}).get("embeddings", {}):
+        pytest.skip("needs a graph under it; trained in tests/integration")
+    load_config(TwhinConfig, path)
+
+
+def test_unknown_keys_are_refused_in_relations_too() -> None:
+    tree = minimal()
+    tree["model"]["relations"][0]["weight"] = 2
+    assert "model.relations.0.weight: unknown key" in refusal(tree)
+
+
+def test_a_relation_naming_an_unknown_table_is_refused_with_those_there() -> None:
+    tree = minimal()
+    tree["model"]["relations"][0]["rhs"] = "twet"
+    message = refusal(tree)
+    assert "relations.0.rhs" in message and "'twet'; there are user, tweet" in message
+
+
+@pytest.mark.parametrize(("field", "value"), [("embedding_dim", 8), ("data_type", "fp16")])
+def test_tables_of_unequal_dimension_or_data_type_are_refused(field: str, value: object) -> None:
+    tree = minimal()
+    tree["model"]["embeddings"]["tables"][1][field] = value
+    assert f"all tables must have the same {field}" in refusal(tree)
+
+
+def test_names_given_twice_are_refused() -> None:
+    tree = minimal()
+    tree["model"]["relations"] *= 2
+    assert "relations: the name 'fav' is given twice" in refusal(tree)
+
+
+def test_an_unknown_operator_is_refused_with_the_known_ones() -> None:
+    tree = minimal()
+    tree["model"]["relations"][0]["operator"] = "rotation"
+    assert "'translation' or 'identity'" in refusal(tree)
+
+
+def test_training_without_negatives_is_refused() -> None:
+    tree = minimal()
+    tree["train_data"]["in_batch_negatives"] = 0
+    assert "global_negatives or in_batch_negatives" in refusal(tree)
+
+
+def test_defaults_fill_what_tables_leave_out_and_nothing_else() -> None:
+    tree = minimal()
+    for table in tree["model"]["embeddings"]["tables"]:
+        del table["embedding_dim"]
+    tree["model"]["embeddings"]["defaults"] = {
+        "embedding_dim": 16,
+        "optimizer": {"sgd": {"lr": 0.5}},
+    }
+    tree["model"]["embeddings"]["tables"][1]["optimizer"] = {"sgd": {"lr": 0.25}}
+    tables = build_config(TwhinConfig, tree, "test").model.embeddings.tables
+    assert [t.embedding_dim for t in tables] == [16, 16]
+    assert [t.optimizer.learning_rate_at(0) for t in tables] == [0.5, 0.25]
+
+
+def test_an_unknown_relation_to_evaluate_is_refused() -> None:
+    tree = minimal() | {"evaluation": {"relations": ["fave"]}}
+    assert "unknown relation 'fave'; there are fav" in refusal(tree)

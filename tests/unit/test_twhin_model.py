@@ -1,0 +1,329 @@
+"""TwHIN's loss and update against a reference that goes edge by edge, and against each published fault."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from projects.twhin.config import DataConfig, ModelConfig
+from projects.twhin.data import EdgeBatch, EdgeLayout, to_batch
+from projects.twhin.model import TwhinModel, Vectors, table_specs
+from tml.distributed import Job
+from tml.embeddings import ArrayRows, Tables, build_tables
+
+JOB = Job(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+DIM = 4
+
+
+def model_config(loss: str = "logistic", optimizer: str = "sgd", **extra: Any) -> ModelConfig:
+    tables = [
+        {
+            "name": name,
+            "num_embeddings": rows,
+            "embedding_dim": DIM,
+            "optimizer": {optimizer: {"lr": lr}},
+        }
+        for name, rows, lr in (("user", 30, 0.5), ("user_eng", 20, 0.125), ("tweet", 25, 0.25))
+    ]
+    relations = [
+        {"name": "fav", "lhs": "user", "rhs": "tweet"},
+        {"name": "eng", "lhs": "user_eng", "rhs": "tweet"},
+        {"name": "reply", "lhs": "user", "rhs": "tweet"},
+        {"name": "same", "lhs": "user", "rhs": "tweet", "operator": "identity"},
+    ]
+    return ModelConfig.model_validate(
+        {
+            "embeddings": {"tables": tables},
+            "relations": relations,
+            "loss": {loss: {}},
+            "translation_optimizer": {"sgd": {"lr": 0.5}},
+            "init_scale": 1.0,
+            **extra,
+        }
+    )
+
+
+def build(config: ModelConfig) -> tuple[TwhinModel, Tables]:
+    tables = build_tables(table_specs(config), JOB, seed=3)
+    model = TwhinModel(config, tables)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        model.translations.normal_(generator=generator)
+    return model, tables
+
+
+def make_batch(config: ModelConfig, data: DataConfig, n: int = 90) -> EdgeBatch:
+    generator = np.random.default_rng(0)
+    rel = generator.integers(4, size=n)
+    layout = EdgeLayout(config)
+    lhs = generator.integers(8, size=n)
+    rhs = generator.integers(6, size=n)
+    return to_batch({"lhs": lhs, "rel": rel, "rhs": rhs}, layout, data, generator, n)
+
+
+def weights(tables: Tables) -> dict[str, Tensor]:
+    state = tables.state()
+    return {s.name: state[f"tables.{s.name}.weight"].clone() for s in tables.specs}
+
+
+def reference_loss(
+    config: ModelConfig,
+    data: DataConfig,
+    batch: EdgeBatch,
+    w: dict[str, Tensor],
+    translations: Tensor,
+) -> Tensor:
+    """The loss edge by edge from the papers' formulas: no chunks, no matrix products, no broadcasting."""
+    total = torch.zeros(())
+    for group in batch.groups:
+        left, right = w[group.lhs_table], w[group.rhs_table]
+        edges = [
+            (int(s), int(r), int(t))
+            for s, r, t in zip(group.lhs, group.relation, group.rhs, strict=True)
+        ]
+
+        def score(s: int, r: int, t: int, left: Tensor = left, right: Tensor = right) -> Tensor:
+            translated = left[s]
+            if config.relations[r].operator == "translation":
+                translated = translated + translations[r]
+            return (translated * right[t]).sum()
+
+        size = data.in_batch_negatives + 1
+        for i, (s, r, t) in enumerate(edges):
+            heads = [int(x) for x in group.lhs_negatives[i // data.chunk_size] if int(x) != s]
+            tails = [int(x) for x in group.rhs_negatives[i // data.chunk_size] if int(x) != t]
+            if data.in_batch_negatives:
+                chunk = edges[i // size * size : (i // size + 1) * size]
+                heads += [s2 for s2, r2, _ in chunk if r2 == r and (s2, r, t) not in chunk]
+                tails += [t2 for _, r2, t2 in chunk if r2 == r and (s, r, t2) not in chunk]
+            positive = score(s, r, t)
+            head_scores = [score(s2, r, t) for s2 in heads]
+            tail_scores = [score(s, r, t2) for t2 in tails]
+            if config.loss.softmax is not None:
+                for negatives in (head_scores, tail_scores):
+                    together = torch.stack([positive, *negatives])
+                    total = total - torch.log_softmax(together, 0)[0]
+            else:
+                total = total - torch.nn.functional.logsigmoid(positive)
+                for negative in head_scores + tail_scores:
+                    total = total - torch.nn.functional.logsigmoid(-negative)
+    return total
+
+
+@pytest.mark.parametrize("loss", ["logistic", "softmax"])
+@pytest.mark.parametrize(
+    ("in_batch", "global_", "chunk"), [(0, 5, 7), (6, 0, 7), (6, 5, 7), (200, 5, 100)]
+)
+def test_loss_and_sgd_update_equal_the_reference(
+    loss: str, in_batch: int, global_: int, chunk: int
+) -> None:
+    config = model_config(loss)
+    data = DataConfig(
+        data_root="x", in_batch_negatives=in_batch, global_negatives=global_, chunk_size=chunk
+    )
+    model, tables = build(config)
+    batch = make_batch(config, data)
+    before = {name: w.requires_grad_() for name, w in weights(tables).items()}
+    theta = model.translations.detach().clone().requires_grad_()
+    expected = reference_loss(config, data, batch, before, theta)
+    expected.backward()
+
+    found = model(batch, data)
+    found.backward()
+
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert theta.grad is not None and model.translations.grad is not None
+    torch.testing.assert_close(model.translations.grad, theta.grad, rtol=1e-4, atol=1e-5)
+    for spec in tables.specs:
+        w = before[spec.name]
+        assert w.grad is not None
+        updated = w.detach() - spec.optimizer.settings.lr * w.grad
+        now = weights(tables)[spec.name]
+        torch.testing.assert_close(now, updated, rtol=1e-4, atol=1e-4)
+
+
+def test_rowwise_adagrad_update_by_hand() -> None:
+    config = model_config(optimizer="rowwise_adagrad")
+    data = DataConfig(data_root="x", in_batch_negatives=0, global_negatives=5, chunk_size=7)
+    model, tables = build(config)
+    before = {name: w.requires_grad_() for name, w in weights(tables).items()}
+    batch = make_batch(config, data)
+    reference_loss(config, data, batch, before, model.translations.detach()).backward()
+    model(batch, data).backward()
+    for spec in tables.specs:
+        w = before[spec.name]
+        assert w.grad is not None
+        accumulator = w.grad.pow(2).mean(dim=1, keepdim=True)  # one number a row
+        step = spec.optimizer.settings.lr * w.grad / (accumulator.sqrt() + 1e-8)
+        torch.testing.assert_close(weights(tables)[spec.name], (w - step).detach(), rtol=1e-3, atol=1e-4)
+        saved = tables.state()[f"tables.{spec.name}.accumulator"]
+        torch.testing.assert_close(saved.flatten(), accumulator.flatten(), rtol=1e-3, atol=1e-6)
+
+
+def one_edge(
+    config: ModelConfig, relation: int, s: int, t: int, head: int, tail: int
+) -> tuple[EdgeBatch, DataConfig]:
+    """A batch of one edge with one given negative a side."""
+    data = DataConfig(data_root="x", global_negatives=1)
+    columns = {"lhs": np.array([s]), "rel": np.array([relation]), "rhs": np.array([t])}
+    batch = to_batch(columns, EdgeLayout(config), data, np.random.default_rng(0), 1)
+    batch.groups[0].lhs_negatives[:] = head
+    batch.groups[0].rhs_negatives[:] = tail
+    return batch, data
+
+
+def test_one_edge_by_hand_translation_on_the_left_of_positive_and_negatives() -> None:
+    config = model_config()
+    model, tables = build(config)
+    batch, data = one_edge(config, 2, s=1, t=2, head=3, tail=4)
+    w, theta = weights(tables), model.translations.detach()[2]
+    user, tweet = w["user"], w["tweet"]
+    positive = (user[1] + theta) @ tweet[2]
+    corrupted_head = (user[3] + theta) @ tweet[2]
+    corrupted_tail = (user[1] + theta) @ tweet[4]
+    expected = (
+        -torch.log(torch.sigmoid(positive))
+        - torch.log(torch.sigmoid(-corrupted_head))
+        - torch.log(torch.sigmoid(-corrupted_tail))
+    )
+    torch.testing.assert_close(model(batch, data).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_relation_vectors_learn_and_identity_has_none() -> None:
+    config = model_config()
+    model, _ = build(config)
+    for relation, learns in ((0, True), (3, False)):
+        model.translations.grad = None
+        batch, data = one_edge(config, relation, s=1, t=2, head=3, tail=4)
+        model(batch, data).backward()
+        assert model.translations.grad is not None
+        assert bool(model.translations.grad[relation].any()) == learns
+
+
+def test_a_table_whose_name_begins_like_another_keeps_its_own_rate_and_rows() -> None:
+    config = model_config()
+    model, tables = build(config)
+    before = weights(tables)
+    batch, data = one_edge(config, 1, s=1, t=2, head=3, tail=4)
+    assert tables.set_learning_rates(0) == {"user": 0.5, "user_eng": 0.125, "tweet": 0.25}
+    model(batch, data).backward()
+    after = weights(tables)
+    assert after["user"].equal(before["user"])
+    assert not after["user_eng"].equal(before["user_eng"])
+
+
+def test_accidental_hits_are_no_negatives() -> None:
+    config = model_config()
+    model, tables = build(config)
+    batch, data = one_edge(config, 0, s=1, t=2, head=1, tail=2)
+    w, theta = weights(tables), model.translations.detach()[0]
+    positive = (w["user"][1] + theta) @ w["tweet"][2]
+    expected = -torch.log(torch.sigmoid(positive))
+    torch.testing.assert_close(model(batch, data).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_true_pairs_of_the_batch_are_no_in_batch_negatives() -> None:
+    # Of the pairs of heads 1, 5 and tails 2, 3 only (5, 3) is not an edge: head 5 is a negative for (1, 3), tail 3
+    # for (5, 2), and that is all.
+    config = model_config()
+    model, tables = build(config)
+    data = DataConfig(data_root="x", in_batch_negatives=10)
+    columns = {"lhs": np.array([1, 1, 5]), "rel": np.array([0, 0, 0]), "rhs": np.array([2, 3, 2])}
+    batch = to_batch(columns, EdgeLayout(config), data, np.random.default_rng(0), 3)
+    w, theta = weights(tables), model.translations.detach()[0]
+
+    def score(s: int, t: int) -> Tensor:
+        return (w["user"][s] + theta) @ w["tweet"][t]
+
+    positives = [score(1, 2), score(1, 3), score(5, 2)]
+    softplus = torch.nn.functional.softplus
+    expected = softplus(-torch.stack(positives)).sum() + 2 * softplus(score(5, 3))
+    torch.testing.assert_close(model(batch, data).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_edges_is_a_loss_of_zero_that_can_go_backward() -> None:
+    config = model_config()
+    model, tables = build(config)
+    before = weights(tables)
+    data = DataConfig(data_root="x", in_batch_negatives=3, global_negatives=3)
+    empty = {name: np.empty(0, dtype=np.int64) for name in ("lhs", "rel", "rhs")}
+    batch = to_batch(empty, EdgeLayout(config), data, np.random.default_rng(0), 8)
+    loss = model(batch, data)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(now.equal(before[name]) for name, now in weights(tables).items())
+
+
+def test_a_lookup_without_gradients_updates_nothing() -> None:
+    config = model_config()
+    model, tables = build(config)
+    before = weights(tables)
+    data = DataConfig(data_root="x", global_negatives=3)
+    with torch.no_grad():
+        model(make_batch(config, data), data)
+    assert all(now.equal(before[name]) for name, now in weights(tables).items())
+
+
+def test_bfloat16_scores_are_close_and_gradients_reach_the_tables() -> None:
+    config = model_config()
+    data = DataConfig(data_root="x", global_negatives=5, chunk_size=7)
+    batch = make_batch(config, data)
+    model, tables = build(config)
+    exact = model(batch, data).item()
+    model._amp = True
+    before = weights(tables)
+    rounded = model(batch, data)
+    rounded.backward()
+    assert rounded.item() == pytest.approx(exact, rel=0.02)
+    assert rounded.item() != exact
+    assert not weights(tables)["user"].equal(before["user"])
+
+
+def test_vectors_score_like_the_model() -> None:
+    config = model_config()
+    model, tables = build(config)
+    theta = model.translations.detach()
+    vectors = Vectors(weights(tables), theta, list(config.relations))
+    user, tweet = vectors.tables["user"], vectors.tables["tweet"]
+    tails = vectors.score(0, "rhs", torch.tensor([4, 9]))
+    torch.testing.assert_close(tails[1, 7], (user[9] + theta[0]) @ tweet[7])
+    heads = vectors.score(0, "lhs", torch.tensor([7]))
+    full = (user + theta[0]) @ tweet[7]
+    torch.testing.assert_close(heads[0] - heads[0, 0], full - full[0], rtol=1e-4, atol=1e-4)
+    same = vectors.score(3, "rhs", torch.tensor([4]))
+    torch.testing.assert_close(same[0, 7], user[4] @ tweet[7])
+
+
+def test_initial_rows_depend_on_seed_table_and_row_alone() -> None:
+    from tml.embeddings import INIT_BLOCK_ROWS, NormalRows
+
+    (spec, *_) = table_specs(model_config())
+    spec = type(spec)("big", INIT_BLOCK_ROWS + 100, 2, "fp32", spec.optimizer, 0.5)
+    rows = NormalRows(1, 0, spec)
+    whole = rows(0, spec.num_rows)
+    assert whole.shape == (spec.num_rows, 2)
+    seam = rows(INIT_BLOCK_ROWS - 3, INIT_BLOCK_ROWS + 4)
+    assert seam.equal(whole[INIT_BLOCK_ROWS - 3 : INIT_BLOCK_ROWS + 4])
+    assert whole.std().item() == pytest.approx(0.5, rel=0.02)
+    assert not NormalRows(1, 1, spec)(0, 9).equal(whole[:9])
+    assert ArrayRows(whole)(2, 4).equal(whole[2:4])
+
+
+def test_half_precision_tables_hold_halves_and_learn() -> None:
+    config = model_config()
+    tree = config.model_dump()
+    for table in tree["embeddings"]["tables"]:
+        table["data_type"] = "fp16"
+    model, tables = build(ModelConfig.model_validate(tree))
+    batch, data = one_edge(config, 0, s=1, t=2, head=3, tail=4)
+    before = weights(tables)
+    assert before["user"].dtype == torch.float16
+    model(batch, data).backward()
+    assert not weights(tables)["user"].equal(before["user"])
+
+
+def test_adam_on_a_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="'user': adam"):
+        build(model_config(optimizer="adam"))

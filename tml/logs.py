@@ -1,0 +1,100 @@
+"""Logs: who speaks, and the record of a run.
+
+`set_up` gives rank 0 a voice and leaves other ranks theirs for warnings. `MetricLog` writes one record an interval to
+`metrics.jsonl`; the line on the console is a rendering of that record, so the two cannot disagree.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+Record = dict[str, Any]
+
+
+def set_up(rank: int) -> None:
+    """Log to stderr: ours on rank 0 from INFO on, everything else from WARNING on; other ranks say who they are."""
+    prefix = "" if rank == 0 else f"rank {rank}: "
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
+    for name in ("__main__", "projects", "tml"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class MetricLog:
+    """Appends records to `<folder>/metrics.jsonl` and renders them as lines; silent and writing nothing on ranks > 0."""
+
+    def __init__(self, folder: Path, rank: int, console: Console | None = None) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._speaks = rank == 0
+        self.console = console or Console(soft_wrap=True, highlight=False)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from there and will write them again."""
+        if not self._speaks or not self._path.exists():
+            return
+        kept = [record for record in read_records(self._path) if record.get("step", 0) <= step]
+        kept = [record for record in kept if record["kind"] != "metrics"]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self._path)
+
+    def write(self, kind: str, record: Record) -> None:
+        """Append one record of a `kind` ("train", "validation", "metrics", …) and flush it."""
+        if not self._speaks:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")
+
+    def train(self, record: Record) -> None:
+        """Append a record of a training interval and print its line."""
+        self.write("train", record)
+        if self._speaks:
+            self.console.print(train_line(record))
+
+    def say(self, text: str) -> None:
+        """Print one line for the person who watches; rank 0 only."""
+        if self._speaks:
+            self.console.print(text, markup=False)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The complete records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def train_line(record: Mapping[str, Any]) -> Text:
+    """`step 120/900  loss 1.234567  lr 0.1  98,765 edges/s  1.2 GiB  left 0:01:23`."""
+    width = len(f"{record['total_steps']:,}")
+    lrs = record["lr"]
+    lr = "/".join(f"{value:.3g}" for value in dict.fromkeys(lrs.values()))
+    return Text.assemble(
+        ("step ", "dim"),
+        f"{record['step']:>{width},}/{record['total_steps']:,}",
+        ("  loss ", "dim"),
+        (f"{record['loss']:.6f}", "bold"),
+        ("  lr ", "dim"),
+        lr,
+        "  ",
+        (f"{record['rate']:,.0f}", "cyan"),
+        (f" {record['unit']}/s", "dim"),
+        f"  {record['memory_bytes'] / 2**30:.1f} GiB",
+        ("  left ", "dim"),
+        clock(record["left_s"]),
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

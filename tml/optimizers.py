@@ -1,0 +1,193 @@
+"""Optimizer and learning-rate configs, and the schedule as a pure function of the step.
+
+Which optimizer updates which parameter is decided where the parameter lives: embedding tables by their engine
+(`tml.embeddings`, fused into the backward pass), dense parameters by `build_dense_optimizer`.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
+
+from tml.config import Config
+
+
+class PiecewiseConstant(Config):
+    """Values between boundaries: values[i] holds before boundaries[i], the last one afterwards."""
+
+    learning_rate_boundaries: list[NonNegativeInt]
+    """Steps at which the next value starts, increasing."""
+    learning_rate_values: list[NonNegativeFloat]
+    """One more than there are boundaries."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        boundaries, values = self.learning_rate_boundaries, self.learning_rate_values
+        if len(values) != len(boundaries) + 1:
+            raise ValueError(
+                f"learning_rate_values needs {len(boundaries) + 1} values for {len(boundaries)} "
+                f"boundaries, has {len(values)}"
+            )
+        if any(a >= b for a, b in pairwise(boundaries)):
+            raise ValueError(f"learning_rate_boundaries must increase: {boundaries}")
+        return self
+
+
+class LinearRampToConstant(Config):
+    """From 0, linearly over num_ramp_steps, then constant."""
+
+    learning_rate: NonNegativeFloat
+    """Value after the ramp."""
+    num_ramp_steps: PositiveInt
+    """Length of the ramp in steps."""
+
+
+class LinearRampToCosine(Config):
+    """From 0, linearly over num_ramp_steps, then a half cosine down to final_learning_rate at final_num_steps."""
+
+    learning_rate: NonNegativeFloat
+    """Value at the end of the ramp."""
+    final_learning_rate: NonNegativeFloat
+    """Value from final_num_steps on."""
+    num_ramp_steps: PositiveInt
+    """Length of the ramp in steps."""
+    final_num_steps: PositiveInt
+    """Step at which the cosine ends; more than num_ramp_steps."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.final_num_steps <= self.num_ramp_steps:
+            raise ValueError(
+                f"final_num_steps {self.final_num_steps} must be more than num_ramp_steps "
+                f"{self.num_ramp_steps}"
+            )
+        return self
+
+
+class LearningRate(Config):
+    """A schedule: exactly one of the four kinds."""
+
+    exactly_one_of: ClassVar = (
+        ("constant", "piecewise_constant", "linear_ramp_to_constant", "linear_ramp_to_cosine"),
+    )
+
+    constant: NonNegativeFloat | None = None
+    """The same value at every step."""
+    piecewise_constant: PiecewiseConstant | None = None
+    linear_ramp_to_constant: LinearRampToConstant | None = None
+    linear_ramp_to_cosine: LinearRampToCosine | None = None
+
+    def at(self, step: int) -> float:
+        """Learning rate of the update number `step`, counted from 0."""
+        if self.constant is not None:
+            return self.constant
+        if (piecewise := self.piecewise_constant) is not None:
+            passed = sum(step >= boundary for boundary in piecewise.learning_rate_boundaries)
+            return piecewise.learning_rate_values[passed]
+        if (ramp := self.linear_ramp_to_constant) is not None:
+            return ramp.learning_rate * min(1.0, step / ramp.num_ramp_steps)
+        cosine = self.linear_ramp_to_cosine
+        assert cosine is not None
+        if step < cosine.num_ramp_steps:
+            return cosine.learning_rate * step / cosine.num_ramp_steps
+        span = cosine.final_num_steps - cosine.num_ramp_steps
+        progress = min(1.0, (step - cosine.num_ramp_steps) / span)
+        weight = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return (
+            cosine.final_learning_rate
+            + (cosine.learning_rate - cosine.final_learning_rate) * weight
+        )
+
+
+class Sgd(Config):
+    """Plain stochastic gradient descent: w ← w − lr·g."""
+
+    lr: NonNegativeFloat = 0.01
+    """Learning rate, where no `learning_rate` schedule is given."""
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+class Adagrad(Config):
+    """Adagrad (Duchi et al. 2011): one accumulator a weight. Row-wise: one a row, of the mean squared gradient."""
+
+    lr: NonNegativeFloat = 0.01
+    """Learning rate, where no `learning_rate` schedule is given."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the accumulator."""
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+class Adam(Config):
+    """Adam (Kingma and Ba 2014)."""
+
+    lr: NonNegativeFloat = 0.001
+    """Learning rate, where no `learning_rate` schedule is given."""
+    beta_1: float = Field(0.9, ge=0, lt=1)
+    beta_2: float = Field(0.999, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class OptimizerConfig(Config):
+    """One optimizer and its learning rate."""
+
+    exactly_one_of: ClassVar = (("sgd", "adagrad", "rowwise_adagrad", "adam"),)
+
+    sgd: Sgd | None = None
+    adagrad: Adagrad | None = None
+    rowwise_adagrad: Adagrad | None = None
+    adam: Adam | None = None
+    learning_rate: LearningRate | None = None
+    """Schedule; it takes the place of the optimizer's own `lr`. Unset: `lr`, constant."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the one that is set."""
+        return next(name for name in self.exactly_one_of[0] if getattr(self, name) is not None)
+
+    @property
+    def settings(self) -> Sgd | Adagrad | Adam:
+        """Settings of the one that is set."""
+        settings = getattr(self, self.kind)
+        assert isinstance(settings, Sgd | Adagrad | Adam)
+        return settings
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the update number `step`, counted from 0."""
+        return self.learning_rate.at(step) if self.learning_rate else self.settings.lr
+
+
+def build_dense_optimizer(
+    config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The torch optimizer of dense parameters; row-wise Adagrad exists for embedding tables only."""
+    lr = config.learning_rate_at(0)
+    settings = config.settings
+    if isinstance(settings, Sgd):
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=settings.weight_decay)
+    if isinstance(settings, Adam):
+        betas = (settings.beta_1, settings.beta_2)
+        return torch.optim.Adam(
+            parameters,
+            lr=lr,
+            betas=betas,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+    if config.rowwise_adagrad is not None:
+        raise ValueError("rowwise_adagrad is for embedding tables; use adagrad for dense parameters")
+    return torch.optim.Adagrad(
+        parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

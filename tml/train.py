@@ -1,0 +1,226 @@
+"""The training loop, the same for every project: batches → updates → records → checkpoints, and a clean stop.
+
+The loop knows neither model nor data: `update` makes one step of one batch and `save` writes what is needed to take the run up
+again. The loss of an interval belongs to the state, so that a resumed run writes the same records as an unbroken one.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from tml import distributed
+from tml.data.parquet import Position
+from tml.distributed import Job
+from tml.logs import MetricLog, Record
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update tells."""
+
+    loss_sum: Tensor
+    """Sum of the losses of this process's examples, detached."""
+    num_examples_all: int
+    """Examples of this step over all processes."""
+    learning_rates: dict[str, float]
+    """Learning rate of each group of parameters."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: everything that meta.json must hold beside the tensors."""
+
+    step: int = 0
+    """Updates done."""
+    position: Position = field(default_factory=Position)
+    """Where reading goes on."""
+    loss_sum: float = 0.0
+    """Sum of the losses since the last record: of all processes on the chief, 0 elsewhere, when just saved or loaded."""
+    num_examples: int = 0
+    """Examples since the last record, over all processes."""
+    examples_seen: int = 0
+    """Examples since the start of the run, over all processes."""
+
+    def to_json(self) -> Record:
+        """A JSON object for meta.json."""
+        return {
+            "step": self.step,
+            "data_position": self.position.to_json(),
+            "interval": {"loss_sum": self.loss_sum, "num_examples": self.num_examples},
+            "examples_seen": self.examples_seen,
+        }
+
+    @classmethod
+    def from_json(cls, tree: Record, *, chief: bool) -> Self:
+        """The inverse of `to_json`."""
+        return cls(
+            step=tree["step"],
+            position=Position.from_json(tree["data_position"]),
+            loss_sum=tree["interval"]["loss_sum"] if chief else 0.0,
+            num_examples=tree["interval"]["num_examples"],
+            examples_seen=tree["examples_seen"],
+        )
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT are noted instead of ending the process: the loop stops after its step."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # torchrun passes on a signal that a terminal has already sent to every process: the second is no new wish.
+        self.number = self.number or number
+
+
+@dataclass(frozen=True)
+class Loop(Generic[BatchT]):
+    """One training run's loop; `run` is told in order of execution."""
+
+    job: Job
+    log: MetricLog
+    update: Callable[[BatchT, int], StepResult]
+    """(batch, number of the update from 0) → result."""
+    save: Callable[[Progress], None]
+    """Write a checkpoint; every process calls it."""
+    total_steps: int
+    log_every: int
+    unit: str
+    """What an example is called: "edges"."""
+    checkpoint_every: int | None = None
+    validate: Callable[[], Record] | None = None
+    """Measures on validation data; every process calls it."""
+    validate_every: int | None = None
+
+    def run(self, batches: Iterator[tuple[BatchT, Position]], progress: Progress) -> int | None:
+        """Train to total_steps; returns None when done, or the number of the signal that stopped it.
+
+        `progress` is kept up to date, and saved at the end whichever way it comes.
+        """
+        saved_step = progress.step if progress.step else None
+        interval_loss = torch.tensor(progress.loss_sum, dtype=torch.float64)
+        watch = _Watch()
+        with StopSignal() as stop:
+            while progress.step < self.total_steps:
+                entry = next(batches, None)
+                assert entry is not None, "the reader ended before total_steps"
+                batch, position = entry
+                result = self.update(batch, progress.step)
+                interval_loss += result.loss_sum.to("cpu", torch.float64)
+                progress.step += 1
+                progress.position = position
+                progress.num_examples += result.num_examples_all
+                progress.examples_seen += result.num_examples_all
+                last = progress.step == self.total_steps
+                if _due(progress.step, self.log_every) or last:
+                    self._log_interval(progress, interval_loss, result, watch)
+                if self.validate is not None and (_due(progress.step, self.validate_every) or last):
+                    with watch.paused():
+                        self._log_validation(progress.step, self.validate())
+                stopped = distributed.any_process(stop.number is not None)
+                if _due(progress.step, self.checkpoint_every) or last or stopped:
+                    with watch.paused():
+                        self._gather(progress, interval_loss)
+                        self.save(progress)
+                    saved_step = progress.step
+                if stopped:
+                    break
+        assert saved_step == progress.step or not self.total_steps
+        if progress.step < self.total_steps:
+            return stop.number or signal.SIGTERM
+        return None
+
+    def _gather(self, progress: Progress, interval_loss: Tensor) -> None:
+        """Move the interval's loss to the chief, in the unbroken run as in the resumed one: same sums, same rounding."""
+        distributed.all_reduce_sum(interval_loss)
+        if not self.job.is_chief:
+            interval_loss.zero_()
+        progress.loss_sum = float(interval_loss)
+
+    def _log_interval(
+        self, progress: Progress, interval_loss: Tensor, result: StepResult, watch: "_Watch"
+    ) -> None:
+        distributed.all_reduce_sum(interval_loss)
+        elapsed_s = watch.lap()
+        rate = progress.num_examples / elapsed_s
+        left = self.total_steps - progress.step
+        per_step = progress.examples_seen / progress.step
+        self.log.train(
+            {
+                "step": progress.step,
+                "total_steps": self.total_steps,
+                "epoch": progress.position.epoch,
+                "loss": float(interval_loss) / max(1, progress.num_examples),
+                "lr": result.learning_rates,
+                "rate": rate,
+                "unit": self.unit,
+                "examples_seen": progress.examples_seen,
+                "memory_bytes": psutil.Process().memory_info().rss,
+                "left_s": left * per_step / rate,
+            }
+        )
+        interval_loss.zero_()
+        progress.num_examples = 0
+
+    def _log_validation(self, step: int, record: Record) -> None:
+        self.log.write("validation", {"step": step, **record})
+        shown = "  ".join(f"{name} {value:.6f}" for name, value in record.items())
+        self.log.say(f"     validation at step {step:,}: {shown}")
+
+
+class _Watch:
+    """Seconds between laps, pauses left out."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed = now - self._start
+        self._start = now
+        return max(elapsed, 1e-9)
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+    def shift(self, seconds: float) -> None:
+        self._start += seconds
+
+
+class _Pause:
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.shift(time.perf_counter() - self._began)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
