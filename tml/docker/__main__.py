@@ -1,13 +1,14 @@
 """The launcher's verbs.
 
-    python -m tml.docker run [PROJECT] [flags] [-- ARGS]   build the image if needed, train in a container
+    python -m tml.docker run [PROJECT] [flags] [-- ARGS]   build the image if needed, and train
     python -m tml.docker build                             build the image
-    python -m tml.docker shell                             a shell in the image, with the mounts of a run
-    python -m tml.docker test                              the tests that need no engine, in the image
+    python -m tml.docker shell                             a shell in the image, mounts as in a run
+    python -m tml.docker test                              tests that need no engine, in the image
     python -m tml.docker ping                              is there an engine?
 
-Exit status of run, shell, test: the container's own; 125 where the launcher or the engine failed, 126 or 127 where the
-command could not start; 130 after Ctrl-C, 143 after SIGTERM; 2 for a mistake in the flags.
+Exit status of run, shell, test: the container's own; 125 where the launcher or the engine failed,
+126 or 127 where the command could not start; 130 after Ctrl-C, 143 after SIGTERM; 2 for a mistake
+in the flags.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Literal
 
 from tml.docker import plan as plans
 from tml.docker.checkout import find_project
-from tml.docker.errors import LauncherError, NoEngine
+from tml.docker.errors import LauncherError, NoEngineError
 from tml.docker.plan import Host, Plan, Request, Variant
 from tml.docker.terminal import is_terminal
+from tml.docker.users import EngineKind
 from tml.machines import environment
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
     project = find_project(checkout, flags.project)
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(plans.plan_run(request, _host_for_show(request), project, _run_id()), flags.json)
+        return _show(
+            plans.plan_run(request, _host_for_show(request), project, _run_id()), flags.json
+        )
     client, host = _client_and_host(request)
     plan = plans.plan_run(request, host, project, _run_id())
     _prepare_mounts(plan, host)
@@ -67,7 +71,9 @@ def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Open a shell in the image."""
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(plans.plan_shell(request, _host_for_show(request), _run_id(), flags.dev), flags.json)
+        return _show(
+            plans.plan_shell(request, _host_for_show(request), _run_id(), flags.dev), flags.json
+        )
     client, host = _client_and_host(request)
     plan = plans.plan_shell(request, host, _run_id(), flags.dev)
     _prepare_mounts(plan, host)
@@ -101,7 +107,9 @@ def build(flags: argparse.Namespace, args: Sequence[str]) -> int:
     from tml.docker import engine
 
     client, _ = engine.connect()
-    _ensure_image(client, checkout, variant, "always" if flags.force else "when-needed", say_current=True)
+    _ensure_image(
+        client, checkout, variant, "always" if flags.force else "when-needed", say_current=True
+    )
     return 0
 
 
@@ -146,15 +154,19 @@ def _client_and_host(request: Request) -> tuple["APIClient", Host]:
 
 
 def _host_for_show(request: Request) -> Host:
-    """The host for a plan that is only shown: where no engine answers, an ordinary rootful one is assumed."""
+    """The host for a plan that is only shown: where no engine answers, an ordinary rootful one is
+    assumed.
+    """
     try:
         return _client_and_host(request)[1]
-    except NoEngine as error:
-        logging.warning("%s; showing what an ordinary engine would be told", str(error).splitlines()[0])
+    except NoEngineError as error:
+        logging.warning(
+            "%s; showing what an ordinary engine would be told", str(error).splitlines()[0]
+        )
         return _host("rootful", None)
 
 
-def _host(kind: plans.EngineKind, endpoint: str | None) -> Host:
+def _host(kind: EngineKind, endpoint: str | None) -> Host:
     checkout, home = environment.tml_base(), environment.home()
     uid = os.getuid()
     return Host(
@@ -168,7 +180,9 @@ def _host(kind: plans.EngineKind, endpoint: str | None) -> Host:
         terminal=is_terminal(),
         engine=kind,
         endpoint=endpoint,
-        foreign_mounts=any(_owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")),
+        foreign_mounts=any(
+            _owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")
+        ),
     )
 
 
@@ -191,7 +205,7 @@ def _run_id() -> str:
 
 
 def _variant(plan: Plan) -> Variant:
-    return next(variant for variant, name in plans.IMAGES.items() if name == plan.image)
+    return {name: variant for variant, name in plans.IMAGES.items()}[plan.image]
 
 
 def _own_folders(plan: Plan, host: Host) -> list[Path]:
@@ -205,12 +219,19 @@ def _prepare_mounts(plan: Plan, host: Host) -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise LauncherError(f"cannot make {folder}, which is mounted into the container: {error.strerror}") from error
+            raise LauncherError(
+                f"cannot make {folder}, which is mounted into the container: {error.strerror}"
+            ) from error
     for mount in plan.mounts:
         if not Path(mount.source).exists():
-            raise LauncherError(f"mount source {mount.source} (for {mount.target}) does not exist: make it, or mend the path")
+            raise LauncherError(
+                f"mount source {mount.source} (for {mount.target}) does not exist: make it, or "
+                "mend the path"
+            )
         if Path(mount.source).resolve().name in ("docker.sock", "podman.sock"):
-            raise LauncherError(f"mount source {mount.source} is the engine's socket; it is not mounted")
+            raise LauncherError(
+                f"mount source {mount.source} is the engine's socket; it is not mounted"
+            )
 
 
 def _show(plan: Plan, as_json: bool) -> int:
@@ -222,24 +243,46 @@ def _show(plan: Plan, as_json: bool) -> int:
             logging.warning("%s is not shown: export it before you paste this line", name)
     missing = [mount.source for mount in plan.mounts if not Path(mount.source).exists()]
     if missing:
-        logging.warning("run makes these if they are yours to have; before you paste this line: mkdir -p %s", " ".join(missing))
+        logging.warning(
+            "run makes these if they are yours to have; before you paste this line: mkdir -p %s",
+            " ".join(missing),
+        )
     print(plans.to_shell(plan))
     return 0
 
 
 def _ensure_image(
-    client: "APIClient", checkout: Path, variant: Variant, policy: BuildPolicy, say_current: bool = False
+    client: "APIClient",
+    checkout: Path,
+    variant: Variant,
+    policy: BuildPolicy,
+    say_current: bool = False,
 ) -> None:
     from tml.docker import image
 
-    name, there, wanted = plans.IMAGES[variant], image.built_from(client, variant), image.hash_inputs(checkout, variant)
+    name, there, wanted = (
+        plans.IMAGES[variant],
+        image.built_from(client, variant),
+        image.hash_inputs(checkout, variant),
+    )
     if policy == "never":
         if there is None:
-            raise LauncherError(f"image {name} is not there, and --no-build was given: python -m tml.docker build")
+            raise LauncherError(
+                f"image {name} is not there, and --no-build was given: python -m tml.docker build"
+            )
         if there != wanted:
-            logging.warning("image %s is older than the Dockerfile or the requirements; --no-build was given", name)
+            logging.warning(
+                "image %s is older than the Dockerfile or the requirements; --no-build was given",
+                name,
+            )
     elif policy == "always" or there != wanted:
-        why = "asked for" if policy == "always" else "not there" if there is None else "its inputs changed"
+        why = (
+            "asked for"
+            if policy == "always"
+            else "not there"
+            if there is None
+            else "its inputs changed"
+        )
         logging.info("building %s (%s)", name, why)
         image.build(client, checkout, variant)
     elif say_current:
@@ -251,7 +294,11 @@ def _carry_out(client: "APIClient", plan: Plan, pass_interrupt: bool = False) ->
 
     if plan.detach:
         print(engine.start_detached(client, plan))
-        logging.info("follow it: docker logs -f %s; stop it: docker stop %s; it is removed when it ends", plan.name, plan.name)
+        logging.info(
+            "follow it: docker logs -f %s; stop it: docker stop %s; it is removed when it ends",
+            plan.name,
+            plan.name,
+        )
         return 0
     logging.info("container %s from %s", plan.name, plan.image)
     return engine.run_attached(client, plan, pass_interrupt=pass_interrupt)
@@ -278,21 +325,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    run_parser = _verb(verbs, "run", run, "build the image if needed and train a project", RUN_EXAMPLES)
-    run_parser.add_argument("project", nargs="?", default="twhin", metavar="PROJECT", help="default: twhin")
-    _container_flags(run_parser)
-    run_parser.add_argument("--detach", action="store_true", help="print the container's name and leave it running")
+    run_parser = _verb(
+        verbs, "run", run, "build the image if needed and train a project", RUN_EXAMPLES
+    )
     run_parser.add_argument(
-        "--nproc-per-node", metavar="N", help="processes that torchrun starts: a count, auto, gpu or cpu"
+        "project", nargs="?", default="twhin", metavar="PROJECT", help="default: twhin"
+    )
+    _container_flags(run_parser)
+    run_parser.add_argument(
+        "--detach", action="store_true", help="print the container's name and leave it running"
+    )
+    run_parser.add_argument(
+        "--nproc-per-node",
+        metavar="N",
+        help="processes that torchrun starts: a count, auto, gpu or cpu",
     )
 
     build_parser = _verb(verbs, "build", build, "build the image")
     which = build_parser.add_mutually_exclusive_group()
     which.add_argument("--gpu", action="store_true", help="the CUDA variant, local/torch:gpu")
-    which.add_argument("--dev", action="store_true", help="also the stage with the tests' tools, local/torch:dev")
+    which.add_argument(
+        "--dev", action="store_true", help="also the stage with the tests' tools, local/torch:dev"
+    )
     build_parser.add_argument("--force", action="store_true", help="build although nothing changed")
     build_parser.add_argument(
-        "--stage", action="store_true", help="only write .build/, from which `docker compose build` takes wheels"
+        "--stage",
+        action="store_true",
+        help="only write .build/, from which `docker compose build` takes wheels",
     )
 
     shell_parser = _verb(verbs, "shell", shell, "a shell in the image, with the mounts of a run")
@@ -312,7 +371,13 @@ RUN_EXAMPLES = """examples:
 """
 
 
-def _verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, function: object, what: str, more: str = "") -> argparse.ArgumentParser:
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    function: object,
+    what: str,
+    more: str = "",
+) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         name,
         help=what,
@@ -327,22 +392,69 @@ def _verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: st
 
 def _container_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--network", default="host", metavar="NAME", help="host (default), bridge, none or a network's name")
-    add("--gpus", metavar="WHICH", help="all, a count, ids such as 0,1, or device=0; takes local/torch:gpu")
+    add(
+        "--network",
+        default="host",
+        metavar="NAME",
+        help="host (default), bridge, none or a network's name",
+    )
+    add(
+        "--gpus",
+        metavar="WHICH",
+        help="all, a count, ids such as 0,1, or device=0; takes local/torch:gpu",
+    )
     add("--shm-size", metavar="SIZE", help="size of /dev/shm, such as 512m (default 2g)")
     add("--memory", metavar="SIZE", help="memory limit, such as 4g (default none)")
     add("--cpus", type=float, metavar="N", help="processor limit, such as 1.5 (default none)")
-    add("--user", metavar="UID[:GID]", help="user in the container (default: whoever makes the files yours)")
-    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="NAME alone takes the value from here, unseen")
+    add(
+        "--user",
+        metavar="UID[:GID]",
+        help="user in the container (default: whoever makes the files yours)",
+    )
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="NAME alone takes the value from here, unseen",
+    )
     add("--mount", action="append", default=[], metavar="SRC:DST[:ro]", help="a further folder")
     add("--data", metavar="DIR", help="a folder to be seen, read-only, at /data")
-    add("--config-mount", choices=("ro", "rw", "none"), default="ro", help="~/.config in the container (default ro)")
+    add(
+        "--config-mount",
+        choices=("ro", "rw", "none"),
+        default="ro",
+        help="~/.config in the container (default ro)",
+    )
     add("--name", help="the container's name")
-    add("--stop-grace", type=int, default=plans.STOP_GRACE_S, metavar="S", help="seconds from SIGTERM to SIGKILL (45)")
+    add(
+        "--stop-grace",
+        type=int,
+        default=plans.STOP_GRACE_S,
+        metavar="S",
+        help="seconds from SIGTERM to SIGKILL (45)",
+    )
     policy = parser.add_mutually_exclusive_group()
-    policy.add_argument("--build", dest="build", action="store_const", const="always", default="when-needed", help="build although nothing changed")
-    policy.add_argument("--no-build", dest="build", action="store_const", const="never", help="take the image as it is")
-    add("--dry-run", action="store_true", help="print the docker run line that this is, and do nothing")
+    policy.add_argument(
+        "--build",
+        dest="build",
+        action="store_const",
+        const="always",
+        default="when-needed",
+        help="build although nothing changed",
+    )
+    policy.add_argument(
+        "--no-build",
+        dest="build",
+        action="store_const",
+        const="never",
+        help="take the image as it is",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the docker run line that this is, and do nothing",
+    )
     add("--json", action="store_true", help="print the plan, and do nothing")
 
 

@@ -1,7 +1,8 @@
 """Which projects the checkout holds, and the script in each that a container runs.
 
-A project is a folder below projects/ with script/run_in_docker.sh or scripts/run_in_docker.sh (both names are in use).
-It is called by its path below projects/ or by the last part of that: home/recap, recap.
+A project is a folder below projects/ with script/run_in_docker.sh or scripts/run_in_docker.sh (both
+names are in use). It is called by its path below projects/ or by the last part of that: home/recap,
+recap.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ def find_projects(base: Path) -> list[Project]:
         for entry in ENTRY_SCRIPTS:
             for script in (base / "projects").glob(f"{pattern}/{entry}"):
                 path = script.parents[1].relative_to(base / "projects").as_posix()
-                found.setdefault(path, Project(path=path, script=script.relative_to(base).as_posix()))
+                found.setdefault(
+                    path, Project(path=path, script=script.relative_to(base).as_posix())
+                )
     return [found[path] for path in sorted(found)]
 
 
@@ -44,7 +47,10 @@ def find_project(base: Path, called: str) -> Project:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise LauncherError(f"project {called!r} is ambiguous: {', '.join(p.path for p in matches)}; give the whole path")
+        raise LauncherError(
+            f"project {called!r} is ambiguous: {', '.join(p.path for p in matches)}; "
+            "give the whole path"
+        )
     there = ", ".join(p.path for p in projects) or "none"
     raise LauncherError(
         f"project {called!r} not found below {base / 'projects'}; there are: {there}. "

@@ -1,8 +1,9 @@
-"""The Docker Engine: find it, and carry out a plan so that nothing is lost and nothing is left behind.
+"""The Docker Engine: find it, and carry out a plan so that nothing is lost and nothing is left
+behind.
 
-A container's life: create → wait for its next exit, before it starts → attach → start → follow → inspect → remove.
-The first signal to us sends SIGTERM and waits the grace, the second sends SIGKILL; we then exit with 128 + the
-signal, and otherwise with the container's own status.
+A container's life: create → wait for its next exit, before it starts → attach → start → follow →
+inspect → remove. The first signal to us sends SIGTERM and waits the grace, the second sends
+SIGKILL; we then exit with 128 + the signal, and otherwise with the container's own status.
 """
 
 import errno
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tml.docker import terminal
-from tml.docker.errors import ENGINE_FAILED, LauncherError, NoEngine
+from tml.docker.errors import ENGINE_FAILED, LauncherError, NoEngineError
 from tml.docker.plan import Plan, to_engine
 from tml.docker.users import EngineKind, engine_kind
 from tml.machines import environment
@@ -48,7 +49,7 @@ class Endpoint:
 
 
 def connect() -> tuple["APIClient", Endpoint]:
-    """A client of the engine that the environment, the current context or the usual sockets name."""
+    """A client of the engine that the environment, the context or the usual sockets name."""
     endpoint = find_endpoint()
     docker = _import_docker()
     try:
@@ -59,12 +60,16 @@ def connect() -> tuple["APIClient", Endpoint]:
         else:
             client = docker.APIClient(base_url=endpoint.url, version="auto")
     except (docker.errors.DockerException, OSError) as error:
-        raise NoEngine(_no_engine([f"{endpoint.url} (from {endpoint.origin}): {error}"])) from error
+        raise NoEngineError(
+            _no_engine([f"{endpoint.url} (from {endpoint.origin}): {error}"])
+        ) from error
     return client, endpoint
 
 
 def find_endpoint(env: Mapping[str, str] = os.environ) -> Endpoint:
-    """Where the engine is; an error where none listens, where we may not speak to it, or there is no such context."""
+    """Where the engine is; an error where none listens, where we may not speak to it, or there is
+    no such context.
+    """
     candidates = _candidates(env)
     refusals = []
     for endpoint in candidates:
@@ -72,9 +77,9 @@ def find_endpoint(env: Mapping[str, str] = os.environ) -> Endpoint:
         if refusal is None:
             return endpoint
         if refusal == errno.EACCES:
-            raise NoEngine(_no_permission(endpoint))
+            raise NoEngineError(_no_permission(endpoint))
         refusals.append(f"{endpoint.url} (from {endpoint.origin}): {os.strerror(refusal).lower()}")
-    raise NoEngine(_no_engine(refusals))
+    raise NoEngineError(_no_engine(refusals))
 
 
 def _candidates(env: Mapping[str, str]) -> list[Endpoint]:
@@ -86,13 +91,18 @@ def _candidates(env: Mapping[str, str]) -> list[Endpoint]:
         if name not in contexts:
             # docker-py would silently take the default engine.
             there = ", ".join(["default", *sorted(contexts)])
-            raise NoEngine(f"there is no Docker context {name!r} (from {origin}); there are: {there}")
+            raise NoEngineError(
+                f"there is no Docker context {name!r} (from {origin}); there are: {there}"
+            )
         return [Endpoint(url=contexts[name], origin=f"context {name}", context=name)]
     others = [Path.home() / ".docker/run/docker.sock"]
     if env.get(environment.XDG_RUNTIME_DIR):
         others.insert(0, Path(env[environment.XDG_RUNTIME_DIR]) / "docker.sock")
     usual = Endpoint(url=DEFAULT_SOCKET, origin="the default")
-    return [usual, *(Endpoint(url=f"unix://{path}", origin="a usual place", usual=False) for path in others)]
+    return [
+        usual,
+        *(Endpoint(url=f"unix://{path}", origin="a usual place", usual=False) for path in others),
+    ]
 
 
 def _config_folder(env: Mapping[str, str]) -> Path:
@@ -122,7 +132,9 @@ def _read_contexts(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _try_socket(url: str) -> int | None:
-    """The error number with which a Unix socket refuses us; None where it takes us, or is no Unix socket."""
+    """The error number with which a Unix socket refuses us; None where it takes us, or is no Unix
+    socket.
+    """
     if not url.startswith("unix://"):
         return None
     with socket.socket(socket.AF_UNIX) as probe:
@@ -137,7 +149,8 @@ def _no_engine(refusals: list[str]) -> str:
     tried = "".join(f"\n    {refusal}" for refusal in refusals)
     return (
         f"no Docker Engine answers. Tried:{tried}\n"
-        "  Start it (sudo systemctl start docker; on a desktop, Docker Desktop), or set DOCKER_HOST or DOCKER_CONTEXT.\n"
+        "  Start it (sudo systemctl start docker; on a desktop, Docker Desktop), or say where it\n"
+        "  is: DOCKER_HOST or DOCKER_CONTEXT.\n"
         "  The same job without an engine, in a virtual environment:\n"
         "    ./scripts/run.sh --venv"
     )
@@ -146,20 +159,27 @@ def _no_engine(refusals: list[str]) -> str:
 def _no_permission(endpoint: Endpoint) -> str:
     path = endpoint.url.removeprefix("unix://")
     return (
-        f"an engine listens at {path}, but user id {os.getuid()} may not speak to it (permission denied).\n"
-        "  Join its group (sudo usermod -aG docker $USER, then log in again), or use a rootless engine.\n"
+        f"an engine listens at {path}, but user id {os.getuid()} may not speak to it "
+        "(permission denied).\n"
+        "  Join its group (sudo usermod -aG docker $USER, then log in again), or use a rootless\n"
+        "  engine.\n"
         "  The same job without an engine, in a virtual environment:\n"
         "    ./scripts/run.sh --venv"
     )
 
 
 def _import_docker() -> Any:
-    how = "install what the launcher needs: ./scripts/setup_venv.sh launcher, then .venv/bin/python -m tml.docker"
+    how = (
+        "install what the launcher needs with ./scripts/setup_venv.sh launcher, and call it as "
+        ".venv/bin/python -m tml.docker"
+    )
     try:
         import docker
         import docker.errors
     except ImportError as error:
-        raise LauncherError(f"the Python package docker is not installed in {sys.prefix}; {how}") from error
+        raise LauncherError(
+            f"the Python package docker is not installed in {sys.prefix}; {how}"
+        ) from error
     version = tuple(int(part) for part in docker.__version__.split(".")[:2])
     if version < (7, 2):
         # Older ones ignore contexts, and would speak to another engine than `docker` does.
@@ -173,7 +193,7 @@ def kind_of(client: "APIClient") -> EngineKind:
 
 
 def owner() -> str:
-    """Who removes a container: this process, told from others of the same number by host and boot."""
+    """Who removes a container: this process, told from its namesakes by host and boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -185,7 +205,9 @@ def owner() -> str:
 
 
 def start_detached(client: "APIClient", plan: Plan) -> str:
-    """Start the container and leave it running; the engine removes it when it ends. Returns its name."""
+    """Start the container and leave it running; the engine removes it when it ends. Returns its
+    name.
+    """
     with _explained(plan):
         container = _create(client, plan)
         try:
@@ -197,13 +219,16 @@ def start_detached(client: "APIClient", plan: Plan) -> str:
 
 
 def run_attached(client: "APIClient", plan: Plan, *, pass_interrupt: bool = False) -> int:
-    """Run the container to its end and remove it; returns the exit status that the launcher should have.
+    """Run the container to its end and remove it; returns the exit status that the launcher should
+    have.
 
-    `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a shell there expects.
+    `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a shell there
+    expects.
     """
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     with ExitStack() as stack:
-        # First of all, so that a signal at any later moment is an event and not an exception half-way.
+        # First of all, so that a signal at any later moment is an event and not an exception
+        # half-way.
         stack.enter_context(_signals_as(events, resize=plan.tty))
         with _explained(plan):
             container = _create(client, plan)
@@ -242,7 +267,8 @@ class _Run:
         stack.callback(connection.close)
         registered = threading.Event()
         _thread(self._wait, registered)
-        # The engine answers with headers once it waits; some compatible engines only when the wait is over.
+        # The engine answers with headers once it waits; some compatible engines only when the wait
+        # is over.
         registered.wait(2.0)
         if not self.events.empty():
             # A signal came while the container was made: it never starts.
@@ -259,14 +285,16 @@ class _Run:
             stop_read, stop_write = os.pipe()
             stack.callback(os.close, stop_write)
             reader = _thread(self._pump_input, connection, stop_read)
-            # Later callbacks run first: the reader has let go of stdin before the terminal is restored.
+            # Later callbacks run first: the reader has let go of stdin before the terminal is
+            # restored.
             stack.callback(_end_reader, reader, stop_write)
         self._until_ended()
         return self._exit_code()
 
     def _attach(self) -> socket.socket:
         params = {"stream": 1, "stdout": 1, "stderr": 1, "stdin": int(self.plan.interactive)}
-        # The default, Ctrl-P Ctrl-Q, makes the engine hold back every Ctrl-P: a shell's way to the last command.
+        # The default, Ctrl-P Ctrl-Q, makes the engine hold back every Ctrl-P: a shell's way to the
+        # last command.
         keys = {"detachKeys": "ctrl-_,ctrl-_,ctrl-_"}
         attached: Any = self.client.attach_socket(self.container, params={**params, **keys})
         connection: socket.socket = getattr(attached, "_sock", attached)
@@ -275,8 +303,11 @@ class _Run:
 
     def _wait(self, registered: threading.Event) -> None:
         try:
-            url = f"{self.client.base_url}/v{self.client.api_version}/containers/{self.container}/wait"
-            response = self.client.post(url, params={"condition": "next-exit"}, stream=True, timeout=None)
+            version = f"{self.client.base_url}/v{self.client.api_version}"
+            url = f"{version}/containers/{self.container}/wait"
+            response = self.client.post(
+                url, params={"condition": "next-exit"}, stream=True, timeout=None
+            )
             registered.set()
             response.raise_for_status()
             response.json()
@@ -316,7 +347,9 @@ class _Run:
             try:
                 event = self.events.get(timeout=self._remaining())
             except queue.Empty:
-                terminal.say(f"tml: not stopped after {self.plan.stop_grace_s} s: killing {self.plan.name}")
+                terminal.say(
+                    f"tml: not stopped after {self.plan.stop_grace_s} s: killing {self.plan.name}"
+                )
                 self._kill("SIGKILL")
                 self.kill_at = None
                 continue
@@ -341,7 +374,10 @@ class _Run:
         if not self.stop_signal:
             self.stop_signal = number
             self.kill_at = time.monotonic() + self.plan.stop_grace_s
-            terminal.say(f"tml: stopping {self.plan.name}, up to {self.plan.stop_grace_s} s; again to kill it")
+            terminal.say(
+                f"tml: stopping {self.plan.name}, up to {self.plan.stop_grace_s} s; "
+                "again to kill it"
+            )
             self._kill("SIGTERM")
         else:
             terminal.say(f"tml: killing {self.plan.name}")
@@ -371,8 +407,14 @@ class _Run:
     def _exit_code(self) -> int:
         state = self.client.inspect_container(self.container)["State"]
         if state.get("OOMKilled"):
-            limit = f"--memory {self.plan.memory_bytes >> 20}m" if self.plan.memory_bytes else "this machine's memory"
-            terminal.say(f"tml: {self.plan.name} ran out of memory ({limit}) and a process of it was killed")
+            limit = (
+                f"--memory {self.plan.memory_bytes >> 20}m"
+                if self.plan.memory_bytes
+                else "this machine's memory"
+            )
+            terminal.say(
+                f"tml: {self.plan.name} ran out of memory ({limit}) and a process of it was killed"
+            )
         return 128 + self.stop_signal if self.stop_signal else int(state["ExitCode"])
 
 
@@ -392,11 +434,15 @@ def _signals_as(events: "queue.SimpleQueue[_Event]", resize: bool) -> Iterator[N
     def stop(number: int, _: object) -> None:
         events.put(_Event("stop", signal=number))
 
-    handlers: dict[int, Any] = {number: stop for number in STOP_SIGNALS}
+    handlers: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, stop)
     if resize:
         handlers[signal.SIGWINCH] = lambda *_: events.put(_Event("resize"))
     # A signal that was ignored stays ignored: nohup means it.
-    before = {n: signal.getsignal(n) for n in handlers if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGWINCH}
+    before = {
+        n: signal.getsignal(n)
+        for n in handlers
+        if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGWINCH
+    }
     for number in before:
         signal.signal(number, handlers[number])
     try:
@@ -412,7 +458,9 @@ def _create(client: "APIClient", plan: Plan) -> str:
 
 
 def _remove(client: "APIClient", container: str) -> None:
-    """Remove the container, running or not, with its anonymous volumes. Silent where it has gone already."""
+    """Remove the container, running or not, with its anonymous volumes. Silent where it has gone
+    already.
+    """
     from docker.errors import APIError
 
     try:
@@ -441,12 +489,15 @@ def _explain(plan: Plan, error: Any) -> LauncherError:
     said = str(error.explanation or error).strip()
     text = said.lower()
     if error.status_code == 409 and "already in use" in text:
-        return LauncherError(f"a container named {plan.name} exists already: choose another --name, or docker rm -f {plan.name}")
+        return LauncherError(
+            f"a container named {plan.name} exists already: choose another --name, or "
+            f"docker rm -f {plan.name}"
+        )
     if "could not select device driver" in text:
         return LauncherError(
-            f"--gpus: this engine has no GPU runtime ({said}). Install the NVIDIA Container Toolkit, run "
-            "`nvidia-ctk runtime configure --runtime=docker`, restart the engine; or leave --gpus out to train on the "
-            "processor"
+            f"--gpus: this engine has no GPU runtime ({said}). Install the NVIDIA Container "
+            "Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart the engine; or "
+            "leave --gpus out to train on the processor"
         )
     if "network" in text and "not found" in text:
         return LauncherError(f"--network {plan.network}: {said}")

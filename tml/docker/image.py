@@ -1,8 +1,9 @@
 """The image: what it is made of, whether it is current, and its build with progress.
 
-An image carries the hash of what went in (Dockerfile, requirements/, arguments) as a label. While that agrees nothing
-is built and nothing is asked of a network. Builds go through the engine's classic builder, which is what docker-py
-speaks; the same Dockerfile builds with BuildKit, from the .build/ folder that `stage` writes.
+An image carries the hash of what went in (Dockerfile, requirements/, arguments) as a label. While
+that agrees nothing is built and nothing is asked of a network. Builds go through the engine's
+classic builder, which is what docker-py speaks; the same Dockerfile builds with BuildKit, from the
+.build/ folder that `stage` writes.
 """
 
 import hashlib
@@ -61,13 +62,19 @@ def hash_inputs(checkout: Path, variant: Variant) -> str:
     digest = hashlib.sha256()
     for file in input_files(checkout):
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(checkout).as_posix()}\0{len(content)}\0".encode() + content)
-    digest.update(json.dumps([_TARGETS[variant], build_arguments(variant)], sort_keys=True).encode())
+        digest.update(
+            f"{file.relative_to(checkout).as_posix()}\0{len(content)}\0".encode() + content
+        )
+    digest.update(
+        json.dumps([_TARGETS[variant], build_arguments(variant)], sort_keys=True).encode()
+    )
     return digest.hexdigest()[:16]
 
 
 def built_from(client: "APIClient", variant: Variant) -> str | None:
-    """Hash that the image of `variant` is labelled with: "" where it has no such label, None where there is no image."""
+    """Hash that the image of `variant` is labelled with: "" where it has no such label, None where
+    there is no image.
+    """
     from docker.errors import ImageNotFound
 
     try:
@@ -81,7 +88,7 @@ def build(client: "APIClient", checkout: Path, variant: Variant) -> None:
     """Build the image of `variant`; for dev also the runtime image, whose large layer it shares."""
     offer = host_offer(checkout, variant)
     try:
-        for part in (("cpu", "dev") if variant == "dev" else (variant,)):
+        for part in ("cpu", "dev") if variant == "dev" else (variant,):
             _build_one(client, checkout, part, offer)
     finally:
         _remove_stages(client)
@@ -89,7 +96,11 @@ def build(client: "APIClient", checkout: Path, variant: Variant) -> None:
 
 def host_offer(checkout: Path, variant: Variant) -> Offer:
     """What this machine's pip offers to a build."""
-    return make_offer(read_pip_settings(), read_pins(checkout / "requirements"), build_arguments(variant)["VARIANT"])
+    return make_offer(
+        read_pip_settings(),
+        read_pins(checkout / "requirements"),
+        build_arguments(variant)["VARIANT"],
+    )
 
 
 def _build_one(client: "APIClient", checkout: Path, variant: Variant, offer: Offer) -> None:
@@ -104,7 +115,8 @@ def _build_one(client: "APIClient", checkout: Path, variant: Variant, offer: Off
             target=_TARGETS[variant],
             buildargs={**build_arguments(variant), **_proxies(os.environ)},
             labels={LABEL_INPUTS: hash_inputs(checkout, variant)},
-            # As a run has it: an index or a proxy on the host's own address is reached from a build too.
+            # As a run has it: an index or a proxy on the host's own address is reached from a build
+            # too.
             network_mode="host",
             rm=True,
             forcerm=True,
@@ -131,9 +143,11 @@ def _image_id(client: "APIClient", name: str) -> str | None:
 
 
 def _remove_stages(client: "APIClient") -> None:
-    """Remove what the classic builder leaves of the discarded stages: their wheels and settings are not kept.
+    """Remove what the classic builder leaves of the discarded stages: their wheels and settings are
+    not kept.
 
-    A later build therefore installs again; it is needed only when the inputs change, and then it must.
+    A later build therefore installs again; it is needed only when the inputs change, and then it
+    must.
     """
     filters = {"dangling": True, "label": STAGE_LABEL}
     for image in client.images(filters=filters):
@@ -152,7 +166,9 @@ def _remove_image(client: "APIClient", image: str) -> None:
 
 @contextmanager
 def _context(checkout: Path, offer: Offer) -> Iterator[io.BufferedRandom]:
-    """The build context as a tar file: the allow-list of .dockerignore, with the offer in the place of .build/."""
+    """The build context as a tar file: the allow-list of .dockerignore, with the offer in the place
+    of .build/.
+    """
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for path in input_files(checkout):
@@ -167,11 +183,12 @@ def _context(checkout: Path, offer: Offer) -> Iterator[io.BufferedRandom]:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
         file.seek(0)
-        yield file  # type: ignore[misc]
+        yield file
 
 
 def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    # No owner and one mode: the builder's cache must not depend on who checked out. (It ignores times.)
+    # No owner and one mode: the builder's cache must not depend on who checked out. (It ignores
+    # times.)
     info = tarfile.TarInfo(name)
     info.size = path.stat().st_size
     info.mode = 0o755 if path.suffix == ".sh" else 0o644
@@ -180,7 +197,9 @@ def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
 
 
 def stage(checkout: Path, variant: Variant) -> Path:
-    """Write .build/, from which `docker compose build` and `docker build` take what pip knows on this machine."""
+    """Write .build/, from which `docker compose build` and `docker build` take what pip knows on
+    this machine.
+    """
     offer = host_offer(checkout, variant)
     folder = checkout / STAGED
     shutil.rmtree(folder, ignore_errors=True)
@@ -214,17 +233,25 @@ class Progress(Protocol):
 
 
 def follow(name: str, events: Iterable[Mapping[str, Any]]) -> None:
-    """Show a build and see it through; a failure is an error with the last lines of the failing step."""
+    """Show a build and see it through; a failure is an error with the last lines of the failing
+    step.
+    """
     last: deque[str] = deque(maxlen=LAST_LINES)
     step = "before the first step"
     with _progress(name) as progress:
         for event in events:
             if "error" in event:
                 lines = "".join(f"\n    {line}" for line in last)
-                raise LauncherError(f"image {name} was not built: {event['error'].strip()}\n  at {step}{lines}")
+                raise LauncherError(
+                    f"image {name} was not built: {event['error'].strip()}\n  at {step}{lines}"
+                )
             for text in _lines(event):
                 if match := re.fullmatch(r"Step (\d+)/(\d+) : (.*)", text):
-                    number, count, instruction = int(match.group(1)), int(match.group(2)), match.group(3)
+                    number, count, instruction = (
+                        int(match.group(1)),
+                        int(match.group(2)),
+                        match.group(3),
+                    )
                     step = f"step {number} of {count}: {_shorten(instruction)}"
                     last.clear()
                     progress.step(number, count, _shorten(instruction))
@@ -238,7 +265,9 @@ def _lines(event: Mapping[str, Any]) -> list[str]:
     # Colours of a step's stderr; a bar that redraws itself is shown as it last stood.
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in plain.splitlines()]
-    return [line for line in lines if line and not line.startswith((" ---> ", "Removing intermediate"))]
+    return [
+        line for line in lines if line and not line.startswith((" ---> ", "Removing intermediate"))
+    ]
 
 
 def _shorten(instruction: str, width: int = 100) -> str:
@@ -270,7 +299,9 @@ class _PlainProgress:
 
     def step(self, number: int, count: int, instruction: str) -> None:
         elapsed = time.monotonic() - self._started
-        logger.info("%s: step %d of %d, %.0f s: %s", self._name, number, count, elapsed, instruction)
+        logger.info(
+            "%s: step %d of %d, %.0f s: %s", self._name, number, count, elapsed, instruction
+        )
 
     def line(self, text: str) -> None:
         logger.info("    %s", text)
@@ -282,7 +313,12 @@ class _LiveProgress:
     def __init__(self, name: str) -> None:
         self._name = name
         self._started = time.monotonic()
-        self._number, self._count, self._instruction, self._line = 0, 0, "sending the build context", ""
+        self._number, self._count, self._instruction, self._line = (
+            0,
+            0,
+            "sending the build context",
+            "",
+        )
 
     def step(self, number: int, count: int, instruction: str) -> None:
         self._number, self._count, self._instruction, self._line = number, count, instruction, ""
@@ -296,7 +332,9 @@ class _LiveProgress:
 
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         where = f"step {self._number} of {self._count}" if self._count else "starting"
-        head = Text(f"building {self._name}  {where}  {minutes}:{seconds:02d}  {self._instruction}", "bold")
+        head = Text(
+            f"building {self._name}  {where}  {minutes}:{seconds:02d}  {self._instruction}", "bold"
+        )
         body = Text(f"  {self._line}", "dim")
         for text in (head, body):
             text.no_wrap, text.overflow = True, "ellipsis"

@@ -1,7 +1,9 @@
-"""From a request to a plan: what container would run, as plain data. Pure: nothing is read, made or started.
+"""From a request to a plan: what container would run, as plain data. Pure: nothing is read, made or
+started.
 
-`plan_run`, `plan_shell` and `plan_test` compute a `Plan`. A plan is carried out by engine.py (`to_engine` is what the
-engine's API is sent), printed as the same `docker run` typed by hand (`to_shell`), or as JSON (`to_json`).
+`plan_run`, `plan_shell` and `plan_test` compute a `Plan`. A plan is carried out by engine.py
+(`to_engine` is what the engine's API is sent), printed as the same `docker run` typed by hand
+(`to_shell`), or as JSON (`to_json`).
 """
 
 import csv
@@ -18,8 +20,12 @@ from tml.docker.errors import LauncherError
 from tml.docker.users import EngineKind, container_user
 from tml.machines import environment
 
-IMAGES = {"cpu": "local/torch", "gpu": "local/torch:gpu", "dev": "local/torch:dev"}
 Variant = Literal["cpu", "gpu", "dev"]
+IMAGES: dict[Variant, str] = {
+    "cpu": "local/torch",
+    "gpu": "local/torch:gpu",
+    "dev": "local/torch:dev",
+}
 
 CHECKOUT = "/usr/src/app/tml"
 WORKDIR = "/usr/src/app"
@@ -28,13 +34,22 @@ RUNS = "/root/tmp"
 DATA = "/data"
 
 SHM_BYTES = 2 << 30
-"""/dev/shm: the engine's 64 MB ends a data loader in a bus error. It is a limit, used only as it is filled."""
+"""/dev/shm: the engine's 64 MB ends a data loader in a bus error. It is a limit, used only as it is
+filled.
+"""
 STOP_GRACE_S = 45
-"""torchelastic gives its ranks 30 s after a SIGTERM; the engine's default of 10 s would cut a checkpoint short."""
+"""torchelastic gives its ranks 30 s after a SIGTERM; the engine's default of 10 s would cut a
+checkpoint short.
+"""
 PIDS_LIMIT = 8192
 """Against a fork bomb; a rank with its data loader and thread pools takes some hundreds."""
 
-LABEL_RUN, LABEL_PROJECT, LABEL_ROLE, LABEL_OWNER = "tml.run", "tml.project", "tml.role", "tml.owner"
+LABEL_RUN, LABEL_PROJECT, LABEL_ROLE, LABEL_OWNER = (
+    "tml.run",
+    "tml.project",
+    "tml.role",
+    "tml.owner",
+)
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -67,7 +82,9 @@ class Gpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What planning must know of the machine and of the caller; gathered by the caller of this module."""
+    """What planning must know of the machine and of the caller; gathered by the caller of this
+    module.
+    """
 
     checkout: Path
     home: Path
@@ -134,7 +151,7 @@ class Plan:
 
 
 def plan_run(request: Request, host: Host, project: Project, run_id: str) -> Plan:
-    """The container that trains `project`: the contract of the design, and what flags change of it."""
+    """The container that trains `project`: the contract of the design, as flags change it."""
     gpus = parse_gpus(request.gpus) if request.gpus is not None else None
     plan = _plan(
         request,
@@ -176,7 +193,9 @@ def _plan(
     if request.cpus is not None and request.cpus <= 0:
         raise LauncherError(f"--cpus {request.cpus:g}: expected more than 0")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise LauncherError(f"--name {name!r}: expected letters, digits, '_', '.', '-', two at least")
+        raise LauncherError(
+            f"--name {name!r}: expected letters, digits, '_', '.', '-', two at least"
+        )
     return Plan(
         image=IMAGES[variant],
         command=command,
@@ -193,8 +212,11 @@ def _plan(
         shm_bytes=parse_bytes("--shm-size", request.shm_size) if request.shm_size else SHM_BYTES,
         memory_bytes=parse_bytes("--memory", request.memory) if request.memory else None,
         cpus=request.cpus,
-        # Root without any capability may not write to other people's files, as the caller, root, may outside.
-        cap_add=("DAC_OVERRIDE",) if user.ids.partition(":")[0] == "0" and host.foreign_mounts else (),
+        # Root without any capability may not write to other people's files, as the caller, root,
+        # may outside.
+        cap_add=("DAC_OVERRIDE",)
+        if user.ids.partition(":")[0] == "0" and host.foreign_mounts
+        else (),
         stop_grace_s=request.stop_grace_s,
         labels={LABEL_RUN: run_id, LABEL_ROLE: "chief"},
         endpoint=host.endpoint,
@@ -205,7 +227,8 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
     defaults = {
         environment.PYTHONPATH: f"{WORKDIR}/",
         environment.SPEC_TYPE: "chief",
-        # A user id that the image does not know: getpass and torch look here before they raise KeyError.
+        # A user id that the image does not know: getpass and torch look here before they raise
+        # KeyError.
         environment.HOME: "/root",
         environment.USER: user_name,
         environment.LOGNAME: user_name,
@@ -215,7 +238,9 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
     if request.nproc_per_node is not None:
         count = request.nproc_per_node
         if not re.fullmatch(r"[1-9]\d*|auto|gpu|cpu", count):
-            raise LauncherError(f"--nproc-per-node {count!r}: expected a count of processes, or auto, gpu, cpu")
+            raise LauncherError(
+                f"--nproc-per-node {count!r}: expected a count of processes, or auto, gpu, cpu"
+            )
         name = environment.PET_NPROC_PER_NODE
         variables[name] = Variable(name=name, value=count)
     for text in request.env:
@@ -223,9 +248,12 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
             raise LauncherError(f"--env {name!r}: expected NAME or NAME=VALUE")
         if given:
-            variables[name] = Variable(name=name, value=value, secret=environment.is_secret_name(name))
+            variables[name] = Variable(
+                name=name, value=value, secret=environment.is_secret_name(name)
+            )
         elif name in host.environment:
-            # By name only: whoever asks for that does not want the value shown, whatever it is called.
+            # By name only: whoever asks for that does not want the value shown, whatever it is
+            # called.
             variables[name] = Variable(name=name, value=host.environment[name], secret=True)
         else:
             # As docker does it, also for a name that had a default.
@@ -247,16 +275,28 @@ def _mounts(request: Request, host: Host) -> tuple[Mount, ...]:
 
 
 def parse_mount(text: str, host: Host) -> Mount:
-    """A mount from SRC:DST[:ro|rw]; SRC may begin with ~ or be relative to where the launcher was called."""
+    """A mount from SRC:DST[:ro|rw]; SRC may begin with ~ or be relative to where the launcher was
+    called.
+    """
     parts = text.split(":")
     mode = parts.pop() if len(parts) == 3 else "rw"
-    if len(parts) != 2 or mode not in ("ro", "rw") or not all(parts) or not parts[1].startswith("/"):
-        raise LauncherError(f"--mount {text!r}: expected SRC:DST or SRC:DST:ro with an absolute DST")
+    if (
+        len(parts) != 2
+        or mode not in ("ro", "rw")
+        or not all(parts)
+        or not parts[1].startswith("/")
+    ):
+        raise LauncherError(
+            f"--mount {text!r}: expected SRC:DST or SRC:DST:ro with an absolute DST"
+        )
     source, target = _absolute(parts[0], host), parts[1].rstrip("/") or "/"
     if target == "/":
         raise LauncherError(f"--mount {text!r}: DST cannot be the container's root")
     if Path(source).name in ("docker.sock", "podman.sock"):
-        raise LauncherError(f"--mount {text!r}: who holds the engine's socket is root on this machine; it is not mounted")
+        raise LauncherError(
+            f"--mount {text!r}: who holds the engine's socket is root on this machine; it is not "
+            "mounted"
+        )
     return Mount(source=source, target=target, read_only=mode == "ro")
 
 
@@ -295,18 +335,25 @@ def parse_gpus(text: str) -> Gpus:
     ids = tuple(part.strip() for part in text.removeprefix("device=").split(","))
     if all(re.fullmatch(r"\d+|GPU-[\w-]+|MIG-[\w-]+", part) for part in ids) and text != "0":
         return Gpus(ids=ids)
-    raise LauncherError(f"--gpus {text!r}: expected all, a count of 1 or more, ids such as 0,1, or device=0 for one id")
+    raise LauncherError(
+        f"--gpus {text!r}: expected all, a count of 1 or more, ids such as 0,1, or device=0 for "
+        "one id"
+    )
 
 
 def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
-    """The body of the engine's POST /containers/create. `owner` says which launcher will remove the container."""
+    """The body of the engine's POST /containers/create. `owner` says which launcher will remove the
+    container.
+    """
     host_config: dict[str, Any] = {
         "Mounts": [
-            {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only} for m in plan.mounts
+            {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only}
+            for m in plan.mounts
         ],
         "NetworkMode": plan.network,
         "Init": True,
-        # A detached container has nobody to remove it; for others the launcher reads the exit status first.
+        # A detached container has nobody to remove it; for others the launcher reads the exit
+        # status first.
         "AutoRemove": plan.detach,
         "ShmSize": plan.shm_bytes,
         "CapDrop": ["ALL"],
@@ -319,7 +366,11 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
     if plan.cpus is not None:
         host_config["NanoCpus"] = round(plan.cpus * 1e9)
     if plan.gpus is not None:
-        device = {"Capabilities": [["gpu"]], "Count": plan.gpus.count, "DeviceIDs": list(plan.gpus.ids) or None}
+        device = {
+            "Capabilities": [["gpu"]],
+            "Count": plan.gpus.count,
+            "DeviceIDs": list(plan.gpus.ids) or None,
+        }
         host_config["DeviceRequests"] = [device]
     attached = not plan.detach
     return {
@@ -341,7 +392,9 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
 
 
 def to_argv(plan: Plan) -> list[str]:
-    """The same container as a `docker run` typed by hand. Secrets appear by name: docker takes their values itself."""
+    """The same container as a `docker run` typed by hand. Secrets appear by name: docker takes
+    their values itself.
+    """
     argv = ["docker", *(["-H", plan.endpoint] if plan.endpoint else []), "run", "--rm"]
     if plan.detach:
         argv += ["-d"]

@@ -1,4 +1,6 @@
-"""Standard streams between this process and a container: raw terminal, window size, bytes in both directions."""
+"""Standard streams between this process and a container: raw terminal, window size, bytes in both
+directions.
+"""
 
 import os
 import select
@@ -14,7 +16,9 @@ SUSPEND = b"\x1a"
 
 
 def is_terminal(descriptor: int = 0) -> bool:
-    """Whether this is a terminal that we may read: a background job may not, and would be stopped for trying."""
+    """Whether this is a terminal that we may read: a background job may not, and would be stopped
+    for trying.
+    """
     try:
         return os.isatty(descriptor) and os.tcgetpgrp(descriptor) == os.getpgrp()
     except OSError:
@@ -52,17 +56,21 @@ def write_all(descriptor: int, data: bytes) -> None:
 def say(message: str) -> None:
     """A line on stderr that also stands straight on a raw terminal, and never raises."""
     try:
-        sys.stderr.write(message.replace("\n", "\r\n") + "\r\n" if sys.stderr.isatty() else message + "\n")
+        sys.stderr.write(
+            message.replace("\n", "\r\n") + "\r\n" if sys.stderr.isatty() else message + "\n"
+        )
         sys.stderr.flush()
     except OSError:
         pass
 
 
-def pump_input(connection: socket.socket, on_interrupt: Callable[[], None] | None, stop: int) -> None:
+def pump_input(
+    connection: socket.socket, on_interrupt: Callable[[], None] | None, stop: int
+) -> None:
     """Send stdin to the container until it ends or `stop` becomes readable.
 
-    With `on_interrupt`, Ctrl-C is not sent but reported, and Ctrl-Z is dropped: inside the container is no shell that
-    could wake a suspended job.
+    With `on_interrupt`, Ctrl-C is not sent but reported, and Ctrl-Z is dropped: inside the
+    container is no shell that could wake a suspended job.
     """
     while True:
         ready, _, _ = select.select([0, stop], [], [])

@@ -1,7 +1,8 @@
 """The environment variables that tml reads and writes: the only file that knows their names.
 
-Standard library only: the launcher, the scripts' guards and the trainer all read it. torchrun sets the rank and the
-addresses; `python -m tml.docker` sets the role; a script that is started without either gets the defaults below.
+Standard library only: the launcher, the scripts' guards and the trainer all read it. torchrun sets
+the rank and the addresses; `python -m tml.docker` sets the role; a script that is started without
+either gets the defaults below.
 """
 
 import os
@@ -31,15 +32,20 @@ TORCHINDUCTOR_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 DOCKER_HOST, DOCKER_CONTEXT, DOCKER_CONFIG = "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG"
 XDG_RUNTIME_DIR = "XDG_RUNTIME_DIR"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
-"""Taken over into image builds, in capitals or small; the engine keeps these out of an image's history."""
+"""Taken over into image builds, in capitals or small; the engine keeps these out of an image's
+history.
+"""
 
 _SECRET_WORDS = frozenset(
-    "TOKEN KEY SECRET SECRETS PASSWORD PASSWD PASS PASSPHRASE PWD CREDENTIAL CREDENTIALS APIKEY AUTH".split()
+    ["TOKEN", "KEY", "APIKEY", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE"]
+    + ["PWD", "CREDENTIAL", "CREDENTIALS", "AUTH"]
 )
 
 
 def get(name: str) -> str | None:
-    """The value of a variable that somebody else named, as in `${NAME}` of a YAML file; None where unset."""
+    """The value of a variable that somebody else named, as in `${NAME}` of a YAML file; None where
+    unset.
+    """
     return os.environ.get(name)
 
 
@@ -104,13 +110,16 @@ def home(env: Mapping[str, str] = os.environ) -> Path:
     try:
         return Path.home()
     except RuntimeError:
-        raise ValueError("HOME is not set and this user has no entry in the user database: export HOME") from None
+        raise ValueError(
+            "HOME is not set and this user has no entry in the user database: export HOME"
+        ) from None
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable of this name likely holds something that must not be printed.
 
-    By whole words (HF_TOKEN, apiKey, DB_PASSWORD) so that MONKEY and TOKENIZERS_PARALLELISM are not taken for one.
+    By whole words (HF_TOKEN, apiKey, DB_PASSWORD) so that MONKEY and TOKENIZERS_PARALLELISM are not
+    taken for one.
     """
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return any(word.upper() in _SECRET_WORDS for word in words)

@@ -1,7 +1,7 @@
 """Print one fact about where this process runs, for scripts.
 
-    python -m tml.machines.get_env tml_base      /home/me/tml
-    python -m tml.machines.get_env spec_type     chief
+python -m tml.machines.get_env tml_base      /home/me/tml
+python -m tml.machines.get_env spec_type     chief
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Is this Python inside a virtual environment? A guard for scripts.
 
-    python -m tml.machines.is_venv     exits 0 inside one, 1 outside
+python -m tml.machines.is_venv     exits 0 inside one, 1 outside
 """
 
 import sys
