@@ -1,0 +1,163 @@
+"""What all tests share: the `docker` marker, and a launcher to be called as people call it.
+
+Tests marked `docker` are left out where no engine answers, and the end of the run says so; with TML_REQUIRE_DOCKER=1
+they fail instead.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tml.docker import engine
+from tml.docker.errors import LauncherError
+from tml.machines import environment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAND_IN = "standin"
+LEFT_OUT = pytest.StashKey[list[str]]()
+NO_ENGINE = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests out that need an engine, where there is none and none is required."""
+    needing = [item for item in items if item.get_closest_marker("docker")]
+    if not needing:
+        return
+    try:
+        engine.connect()[0].close()
+    except LauncherError as error:
+        config.stash[NO_ENGINE] = str(error)
+    if NO_ENGINE not in config.stash or os.environ.get(environment.TML_REQUIRE_DOCKER) == "1":
+        return
+    config.stash[LEFT_OUT] = [item.nodeid for item in needing]
+    for item in needing:
+        item.add_marker(pytest.mark.skip(reason="no Docker Engine answers"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A required engine that is missing is a failure, told in the engine's own message."""
+    if item.get_closest_marker("docker") and NO_ENGINE in item.config.stash:
+        pytest.fail(f"{environment.TML_REQUIRE_DOCKER}=1: {item.config.stash[NO_ENGINE]}", False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end what was left out and how to have it run."""
+    config = terminalreporter.config
+    left_out = config.stash.get(LEFT_OUT, [])
+    if not left_out:
+        return
+    terminalreporter.section("left out: no Docker Engine")
+    terminalreporter.write_line(config.stash[NO_ENGINE])
+    for file in sorted({test.partition("::")[0] for test in left_out}):
+        count = sum(test.startswith(f"{file}::") for test in left_out)
+        terminalreporter.write_line(f"  {file}: {count} tests")
+    terminalreporter.write_line(
+        "To have them run: start an engine, then call ./scripts/test.sh again."
+    )
+
+
+class Launcher:
+    """`python -m tml.docker` on a checkout of its own, with one project whose script the test writes."""
+
+    def __init__(self, base: Path, home: Path) -> None:
+        self.base, self.home = base, home
+        self.env = {
+            **os.environ,
+            environment.TML_BASE: str(base),
+            environment.HOME: str(home),
+            environment.PYTHONPATH: str(REPOSITORY),
+        }
+        self.argv = [sys.executable, "-m", "tml.docker"]
+
+    def script(self, text: str) -> None:
+        """What the container runs."""
+        path = self.base / "projects" / STAND_IN / "scripts" / "run_in_docker.sh"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def __call__(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end, with no stdin."""
+        return subprocess.run(
+            [*self.argv, *argv],
+            env={**self.env, **env},
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        """Start, to be watched and interrupted."""
+        return subprocess.Popen(
+            [*self.argv, *argv],
+            env={**self.env, **env},
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """What `condition` returns once that is true."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not so within {timeout_s} s")
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    """`wait_until`."""
+    return wait_until
+
+
+@pytest.fixture
+def bare_launcher(tmp_path: Path) -> Launcher:
+    """A launcher that needs no engine; its checkout has the real Dockerfile and requirements."""
+    base, home = tmp_path / "checkout", tmp_path / "home"
+    home.mkdir()
+    base.mkdir()
+    shutil.copy(REPOSITORY / "Dockerfile", base)
+    shutil.copytree(REPOSITORY / "requirements", base / "requirements")
+    launcher = Launcher(base, home)
+    launcher.script("true\n")
+    return launcher
+
+
+@pytest.fixture
+def client() -> Iterator[Any]:
+    """The engine itself."""
+    client, _ = engine.connect()
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The real image, built where it is not current."""
+    subprocess.run([sys.executable, "-m", "tml.docker", "build"], cwd=REPOSITORY, check=True)
+    return "local/torch"
+
+
+@pytest.fixture
+def launcher(bare_launcher: Launcher, client: Any, image: str) -> Iterator[Launcher]:
+    """A launcher with a real engine; afterwards no container of it may be left, running or not."""
+    yield bare_launcher
+    filters = {"label": f"tml.project={STAND_IN}"}
+    left = client.containers(all=True, filters=filters)
+    for container in left:
+        client.remove_container(container["Id"], force=True)
+    assert [container["Names"] for container in left] == []

@@ -1,0 +1,352 @@
+"""`run` on the real engine: the contract, exit status, streams, signals, and that nothing is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.docker
+
+GRACEFUL = """exec python3 -u -c '
+import os, signal, sys, time
+def stop(*_):
+    print("saving", flush=True)
+    time.sleep(float(os.environ.get("LINGER", "0")))
+    print("saved", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+'
+"""
+
+
+def containers(client: Any, **filters: Any) -> list[Any]:
+    """All containers of the stand-in project."""
+    found: list[Any] = client.containers(
+        all=True, filters={"label": "tml.project=standin", **filters}
+    )
+    return found
+
+
+def test_the_running_container_matches_the_contract(launcher: Any, client: Any, until: Any) -> None:
+    launcher.script("sleep 60\n")
+    process = launcher.start("run", "standin")
+    running = until(lambda: containers(client, status="running"))
+    found = client.inspect_container(running[0]["Id"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+
+    config, host = found["Config"], found["HostConfig"]
+    mounts = {m["Destination"]: (m["Source"], m["RW"]) for m in found["Mounts"]}
+    assert mounts == {
+        "/usr/src/app/tml": (str(launcher.base), True),
+        "/root/.config": (f"{launcher.home}/.config", False),
+        "/root/tmp": (f"{launcher.home}/tmp", True),
+    }
+    env = dict(item.split("=", 1) for item in config["Env"])
+    assert env["PYTHONPATH"].startswith("/usr/src/app/")
+    assert env["SPEC_TYPE"] == "chief"
+    assert config["Image"] == "local/torch"
+    assert config["WorkingDir"] == "/usr/src/app"
+    assert config["Cmd"] == ["bash", "tml/projects/standin/scripts/run_in_docker.sh"]
+    assert config["User"] == f"{os.getuid()}:{os.getgid()}"
+    assert config["StopTimeout"] == 45
+    assert (config["Tty"], config["OpenStdin"]) == (False, False)
+    assert host["NetworkMode"] == "host"
+    assert host["ShmSize"] == 2 << 30
+    assert host["Init"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert host["PidsLimit"] == 8192
+    labels = config["Labels"]
+    assert labels["tml.owner"].split(":")[1] == str(process.pid)
+    assert (labels["tml.role"], labels["tml.project"]) == ("chief", "standin")
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 42, 125, 126, 127, 137, 143, 255])
+def test_the_exit_status_is_the_containers(launcher: Any, status: int) -> None:
+    launcher.script("exit $1\n")
+    assert launcher("run", "standin", "--", str(status)).returncode == status
+
+
+def test_a_container_that_ends_at_once_keeps_its_status_each_time(launcher: Any) -> None:
+    launcher.script("exit 9\n")
+    assert [launcher("run", "standin").returncode for _ in range(5)] == [9] * 5
+
+
+def test_output_arrives_whole_and_the_two_streams_stay_apart(launcher: Any) -> None:
+    launcher.script("seq 200000; echo told >&2; printf 'no newline'\n")
+    done = launcher("run", "standin")
+    assert done.stdout == "".join(f"{n}\n" for n in range(1, 200001)) + "no newline"
+    assert "told\n" in done.stderr
+
+
+def test_arguments_reach_the_entry_script_as_they_were_given(launcher: Any) -> None:
+    launcher.script('printf "[%s]" "$@"\n')
+    done = launcher("run", "standin", "--", "--set", "a.b=1 2", "", "--", "$HOME")
+    assert done.stdout == "[--set][a.b=1 2][][--][$HOME]"
+
+
+def test_what_the_flags_ask_for_is_so_inside(launcher: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "edges").write_text("edges\n")
+    launcher.script(
+        "cat /data/edges; touch /data/x 2>/dev/null && echo written; echo $PET_NPROC_PER_NODE $A $B\n"
+        "df -k --output=size /dev/shm | tail -1; cat /sys/fs/cgroup/memory.max 2>/dev/null ||"
+        " cat /sys/fs/cgroup/memory/memory.limit_in_bytes; ls /root/.config/tried; echo $?\n"
+    )
+    flags = ["--data", str(tmp_path / "data"), *"--nproc-per-node 2 --env A=1 --env B".split()]
+    flags += "--shm-size 64m --memory 256m --config-mount none --network none".split()
+    done = launcher("run", "standin", *flags, B="by name")
+    assert done.stdout.split() == ["edges", "2", "1", "by", "name", "65536", "268435456", "2"]
+
+
+def test_the_first_signal_stops_with_grace(launcher: Any, client: Any) -> None:
+    launcher.script(GRACEFUL)
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        process = launcher.start("run", "standin")
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out) == (status, "saving\nsaved\n"), err
+        assert containers(client) == []
+
+
+def test_the_second_signal_kills(launcher: Any, client: Any) -> None:
+    launcher.script(GRACEFUL)
+    process = launcher.start("run", "standin", "--env", "LINGER=60")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert time.monotonic() - started < 5
+    assert containers(client) == []
+
+
+def test_what_does_not_stop_is_killed_when_the_grace_is_over(launcher: Any) -> None:
+    launcher.script(GRACEFUL)
+    process = launcher.start("run", "standin", "--env", "LINGER=60", "--stop-grace", "1")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "saving\n")
+    assert "not stopped after 1 s" in err
+
+
+def test_a_signal_at_any_early_moment_leaves_nothing(launcher: Any, client: Any) -> None:
+    launcher.script("sleep 60\n")
+    for delay_s in (0.05, 0.15, 0.25, 0.3, 0.35, 0.4, 0.5):
+        process = launcher.start("run", "standin")
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        # Before Python itself is up, a signal ends it as it ends any program.
+        assert process.returncode in (130, -signal.SIGINT)
+        assert containers(client) == []
+
+
+def test_output_that_nobody_reads_any_more_stops_the_run(launcher: Any) -> None:
+    launcher.script("while true; do echo line; done\n")
+    process = launcher.start("run", "standin")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(20) == 128 + signal.SIGPIPE
+
+
+def test_memory_that_runs_out_is_named(launcher: Any) -> None:
+    launcher.script("exec python3 -c 'x = bytearray(1 << 30)'\n")
+    done = launcher("run", "standin", "--memory", "64m")
+    assert done.returncode == 137
+    assert "ran out of memory (--memory 64m)" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_files_belong_to_the_caller_who_is_not_root(launcher: Any) -> None:
+    group = os.stat("/var/run/docker.sock").st_gid
+    launcher.script("touch /root/tmp/mine; id -u; python3 -c 'import getpass; getpass.getuser()'\n")
+    for folder in (launcher.base, launcher.home):
+        os.chown(folder, 4321, 4322)
+        folder.chmod(0o755)
+    # This Python may lie in a folder that only root reads.
+    become = ["setpriv", "--reuid", "4321", "--regid", "4322", "--groups", str(group)]
+    readable = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    launcher.argv = [*become, *readable, *launcher.argv]
+    done = launcher("run", "standin")
+    assert (done.returncode, done.stdout) == (0, "4321\n"), done.stderr
+    mine = (launcher.home / "tmp" / "mine").stat()
+    assert (mine.st_uid, mine.st_gid) == (4321, 4322)
+    assert (launcher.home / "tmp").stat().st_uid == 4321
+    assert (launcher.home / ".config").stat().st_uid == 4321
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can own what others cannot read")
+def test_root_reads_in_the_container_what_root_reads_outside(launcher: Any) -> None:
+    launcher.script("cat /usr/src/app/tml/private\n")
+    (launcher.base / "private").write_text("seen\n")
+    (launcher.base / "private").chmod(0o600)
+    os.chown(launcher.base / "private", 4321, 4321)
+    os.chown(launcher.base, 4321, 4321)
+    assert launcher("run", "standin").stdout == "seen\n"
+
+
+def test_a_detached_run_prints_its_name_and_is_removed_when_it_ends(
+    launcher: Any, client: Any, until: Any
+) -> None:
+    launcher.script("sleep 2; echo done > /root/tmp/done\n")
+    done = launcher("run", "standin", "--detach", "--name", "tml-standin-detached")
+    assert (done.returncode, done.stdout) == (0, "tml-standin-detached\n")
+    assert len(containers(client, status="running")) == 1
+    until(lambda: not containers(client))
+    assert (launcher.home / "tmp" / "done").read_text() == "done\n"
+
+
+def test_the_dry_run_pasted_into_a_shell_does_the_same(launcher: Any) -> None:
+    launcher.script(
+        'echo "$@" $TOKEN $SPEC_TYPE; id -u; pwd; ls /mnt/x; ls -A /root/.config; exit 5\n'
+    )
+    folder = launcher.home / "a, b"
+    folder.mkdir()
+    (folder / "file").touch()
+    (launcher.home / ".config").mkdir()
+    (launcher.home / "tmp").mkdir()
+    argv = ["run", "standin", "--env", "TOKEN", "--mount", f"{folder}:/mnt/x:ro", "--memory", "1g"]
+    argv += ["--cpus", "0.5", "--", "it's", "$HOME", "a  b"]
+    ours = launcher(*argv, TOKEN="planted")
+    shown = launcher(*argv[:2], "--dry-run", *argv[2:], TOKEN="planted")
+    assert shown.stdout.count("\n") == 1
+    assert "planted" not in shown.stdout + shown.stderr
+    typed = subprocess.run(
+        ["bash", "-c", shown.stdout],
+        env={**launcher.env, "TOKEN": "planted"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert typed.returncode == ours.returncode == 5, typed.stderr
+    assert typed.stdout == ours.stdout
+    assert "planted chief" in ours.stdout
+
+
+def test_the_dry_run_starts_the_container_that_run_starts(
+    launcher: Any, client: Any, until: Any
+) -> None:
+    launcher.script("sleep 60\n")
+    flags = "standin --memory 1g --stop-grace 7 --cpus 1.5".split()
+
+    def inspected(process: "subprocess.Popen[str]") -> dict[str, Any]:
+        found = client.inspect_container(
+            until(lambda: containers(client, status="running"))[0]["Id"]
+        )
+        client.remove_container(found["Id"], force=True)
+        process.communicate(timeout=20)
+        return dict(found)
+
+    ours = inspected(launcher.start("run", *flags))
+    line = launcher("run", *flags, "--dry-run").stdout
+    typed = inspected(
+        subprocess.Popen(
+            ["bash", "-c", line],
+            env=launcher.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    for found in (ours, typed):
+        # What differs from run to run, and what only says who removes the container.
+        for label in ("tml.run", "tml.owner"):
+            found["Config"]["Labels"].pop(label, None)
+        found["HostConfig"].pop("AutoRemove")
+    for part in ("Config", "HostConfig"):
+        # docker spells "not set" in several ways: null, [], -1.
+        a, b = ({k: v for k, v in x[part].items() if v and v != -1} for x in (ours, typed))
+        assert a == b
+
+
+def test_the_second_run_builds_nothing_and_needs_no_network(launcher: Any, client: Any) -> None:
+    before = client.inspect_image("local/torch")["Id"]
+    unreachable = {
+        "PIP_INDEX_URL": "http://127.0.0.1:1/simple",
+        "HTTPS_PROXY": "http://127.0.0.1:1",
+    }
+    done = launcher("run", "standin", "--network", "none", **unreachable)
+    assert done.returncode == 0
+    assert "building" not in done.stderr
+    assert client.inspect_image("local/torch")["Id"] == before
+
+
+def test_editing_code_is_seen_at_once_and_rebuilds_nothing(launcher: Any, client: Any) -> None:
+    before = client.inspect_image("local/torch")["Id"]
+    for word in ("first", "second"):
+        launcher.script(f"echo {word}\n")
+        done = launcher("run", "standin")
+        assert (done.stdout, "building" in done.stderr) == (f"{word}\n", False)
+    assert client.inspect_image("local/torch")["Id"] == before
+
+
+def test_the_image_has_what_training_imports_for_any_user(launcher: Any) -> None:
+    shutil.copytree(
+        Path(__file__).resolve().parents[2] / "tml" / "machines", launcher.base / "tml" / "machines"
+    )
+    (launcher.base / "tml" / "__init__.py").touch()
+    launcher.script(
+        "python -m tml.machines.is_venv && python -c 'import torch, torchrec, fbgemm_gpu, polars, getpass, tml;"
+        "print(tml.__file__, getpass.getuser())' 2>/dev/null; touch ~/cache && echo writable\n"
+    )
+    done = launcher("run", "standin", "--user", "4321:4321")
+    assert done.stdout.startswith("/usr/src/app/tml/tml/__init__.py ")
+    assert done.stdout.endswith("writable\n")
+
+
+def test_the_engines_refusals_are_told_in_our_words(
+    launcher: Any, client: Any, tmp_path: Path
+) -> None:
+    def message(*flags: str) -> str:
+        done = launcher("run", "standin", *flags)
+        assert done.returncode == 125
+        assert "Traceback" not in done.stderr
+        return str(done.stderr.splitlines()[-1])
+
+    assert "network tml-no-such" in message("--network", "tml-no-such")
+    missing = tmp_path / "missing"
+    assert f"mount source {missing} (for /data) does not exist" in message("--data", str(missing))
+    (tmp_path / "link").symlink_to("/var/run/docker.sock")
+    assert "engine's socket" in message("--mount", f"{tmp_path / 'link'}:/sock")
+    taken = client.create_container("local/torch", name="tml-standin-taken")["Id"]
+    try:
+        assert "tml-standin-taken exists already" in message("--name", "tml-standin-taken")
+    finally:
+        client.remove_container(taken)
+
+
+def test_a_gpu_that_this_engine_cannot_give_is_an_error_and_no_silent_processor_run(
+    launcher: Any, client: Any
+) -> None:
+    if "nvidia" in client.info()["Runtimes"]:
+        pytest.skip("this engine has a GPU runtime")
+    client.tag("local/torch", "local/torch", "gpu")
+    try:
+        done = launcher("run", "standin", "--gpus", "all", "--no-build")
+    finally:
+        client.remove_image("local/torch:gpu")
+    assert done.returncode == 125
+    assert "Install the NVIDIA Container Toolkit" in done.stderr
+
+
+def test_the_plan_as_json_is_what_runs(launcher: Any) -> None:
+    plan = json.loads(launcher("run", "standin", "--json", "--env", "API_KEY=planted").stdout)
+    assert plan["command"] == ["bash", "tml/projects/standin/scripts/run_in_docker.sh"]
+    assert {"name": "API_KEY", "value": None, "secret": True} in plan["env"]
