@@ -1,7 +1,7 @@
 """What all tests share: the `docker` marker, and a launcher to be called as people call it.
 
-Tests marked `docker` are left out where no engine answers, and the end of the run says so; with TML_REQUIRE_DOCKER=1
-they fail instead.
+Tests marked `docker` are left out where no engine answers, and the end of the run says so; with
+TML_REQUIRE_DOCKER=1 they fail instead.
 """
 
 import os
@@ -64,7 +64,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 class Launcher:
-    """`python -m tml.docker` on a checkout of its own, with one project whose script the test writes."""
+    """`python -m tml.docker` on a checkout of its own, with one project whose script the test
+    writes.
+    """
 
     def __init__(self, base: Path, home: Path) -> None:
         self.base, self.home = base, home

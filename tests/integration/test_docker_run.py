@@ -1,4 +1,6 @@
-"""`run` on the real engine: the contract, exit status, streams, signals, and that nothing is left behind."""
+"""`run` on the real engine: the contract, exit status, streams, signals, and that nothing is left
+behind.
+"""
 
 import json
 import os
@@ -99,12 +101,13 @@ def test_what_the_flags_ask_for_is_so_inside(launcher: Any, tmp_path: Path) -> N
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "edges").write_text("edges\n")
     launcher.script(
-        "cat /data/edges; touch /data/x 2>/dev/null && echo written; echo $PET_NPROC_PER_NODE $A $B\n"
+        "cat /data/edges; touch /data/x 2>/dev/null && echo written\n"
+        "echo $PET_NPROC_PER_NODE $A $B\n"
         "df -k --output=size /dev/shm | tail -1; cat /sys/fs/cgroup/memory.max 2>/dev/null ||"
         " cat /sys/fs/cgroup/memory/memory.limit_in_bytes; ls /root/.config/tried; echo $?\n"
     )
-    flags = ["--data", str(tmp_path / "data"), *"--nproc-per-node 2 --env A=1 --env B".split()]
-    flags += "--shm-size 64m --memory 256m --config-mount none --network none".split()
+    flags = ["--data", str(tmp_path / "data"), "--nproc-per-node=2", "--env=A=1", "--env=B"]
+    flags += ["--shm-size=64m", "--memory=256m", "--config-mount=none", "--network=none"]
     done = launcher("run", "standin", *flags, B="by name")
     assert done.stdout.split() == ["edges", "2", "1", "by", "name", "65536", "268435456", "2"]
 
@@ -128,7 +131,7 @@ def test_the_second_signal_kills(launcher: Any, client: Any) -> None:
     assert process.stdout.readline() == "saving\n"
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert time.monotonic() - started < 5
     assert containers(client) == []
@@ -243,7 +246,7 @@ def test_the_dry_run_starts_the_container_that_run_starts(
     launcher: Any, client: Any, until: Any
 ) -> None:
     launcher.script("sleep 60\n")
-    flags = "standin --memory 1g --stop-grace 7 --cpus 1.5".split()
+    flags = ["standin", "--memory=1g", "--stop-grace=7", "--cpus=1.5"]
 
     def inspected(process: "subprocess.Popen[str]") -> dict[str, Any]:
         found = client.inspect_container(
@@ -303,8 +306,10 @@ def test_the_image_has_what_training_imports_for_any_user(launcher: Any) -> None
     )
     (launcher.base / "tml" / "__init__.py").touch()
     launcher.script(
-        "python -m tml.machines.is_venv && python -c 'import torch, torchrec, fbgemm_gpu, polars, getpass, tml;"
-        "print(tml.__file__, getpass.getuser())' 2>/dev/null; touch ~/cache && echo writable\n"
+        "python -m tml.machines.is_venv || exit 1\n"
+        "python -c 'import torch, torchrec, fbgemm_gpu, polars, getpass, tml;"
+        "print(tml.__file__, getpass.getuser())' 2>/dev/null\n"
+        "touch ~/cache && echo writable\n"
     )
     done = launcher("run", "standin", "--user", "4321:4321")
     assert done.stdout.startswith("/usr/src/app/tml/tml/__init__.py ")

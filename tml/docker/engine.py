@@ -283,7 +283,6 @@ class _Run:
             self._resize()
         if self.plan.interactive:
             stop_read, stop_write = os.pipe()
-            stack.callback(os.close, stop_write)
             reader = _thread(self._pump_input, connection, stop_read)
             # Later callbacks run first: the reader has let go of stdin before the terminal is
             # restored.
@@ -425,7 +424,7 @@ def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:
 
 
 def _end_reader(reader: threading.Thread, stop_write: int) -> None:
-    os.write(stop_write, b"x")
+    os.close(stop_write)  # The other end becomes readable, where the reader has not ended yet.
     reader.join(1.0)
 
 
@@ -453,7 +452,11 @@ def _signals_as(events: "queue.SimpleQueue[_Event]", resize: bool) -> Iterator[N
 
 
 def _create(client: "APIClient", plan: Plan) -> str:
-    created = client.create_container_from_config(to_engine(plan, owner()), name=plan.name)
+    config = to_engine(plan, owner())
+    if plan.tty:
+        # Right from the first line; a resize can only follow once it runs.
+        config["HostConfig"]["ConsoleSize"] = list(terminal.window_size())
+    created = client.create_container_from_config(config, name=plan.name)
     return str(created["Id"])
 
 

@@ -30,7 +30,8 @@ def raw_mode(descriptor: int = 0) -> Iterator[None]:
     """Every key goes to the container as typed; what was set before is restored on the way out."""
     before = termios.tcgetattr(descriptor)
     try:
-        tty.setraw(descriptor)
+        # Not the default TCSAFLUSH, which throws away what was typed while the container started.
+        tty.setraw(descriptor, termios.TCSANOW)
         yield
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
