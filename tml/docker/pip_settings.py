@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -41,7 +41,8 @@ class Offer:
     """What the host's pip offers to a build."""
 
     wheels: tuple[Path, ...] = ()
-    config: str = ""
+    config: str = field(default="", repr=False)
+    """A pip.conf; an address in it may hold a password."""
     certificates: Path | None = None
 
 

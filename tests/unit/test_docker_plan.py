@@ -1,0 +1,233 @@
+"""The plan: from a request to one container, without an engine."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tml.docker import plan as plans
+from tml.docker.checkout import Project
+from tml.docker.errors import LauncherError
+from tml.docker.plan import Gpus, Host, Mount, Plan, Request
+
+TWHIN = Project(path="twhin", script="projects/twhin/scripts/run_in_docker.sh")
+HOST = Host(
+    checkout=Path("/home/me/tml"),
+    home=Path("/home/me"),
+    cwd=Path("/home/me/work"),
+    uid=1000,
+    gid=1001,
+    user="me",
+    environment={"TOKEN": "planted", "SHARED": "x"},
+    terminal=False,
+)
+
+
+def plan(host: Host = HOST, **request: Any) -> Plan:
+    """A plan of a run of twhin."""
+    return plans.plan_run(Request(**request), host, TWHIN, "1234")
+
+
+def environment(made: Plan) -> dict[str, str]:
+    """The container's variables."""
+    return {variable.name: variable.value for variable in made.env}
+
+
+def test_the_default_plan_is_the_contract() -> None:
+    made = plan()
+    assert made.image == "local/torch"
+    assert made.command == ("bash", "tml/projects/twhin/scripts/run_in_docker.sh")
+    assert made.mounts == (
+        Mount(source="/home/me/tml", target="/usr/src/app/tml"),
+        Mount(source="/home/me/.config", target="/root/.config", read_only=True),
+        Mount(source="/home/me/tmp", target="/root/tmp"),
+    )
+    assert made.workdir == "/usr/src/app"
+    assert environment(made) == {
+        "PYTHONPATH": "/usr/src/app/",
+        "SPEC_TYPE": "chief",
+        "HOME": "/root",
+        "USER": "me",
+        "LOGNAME": "me",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
+    }
+    assert (made.network, made.user, made.cap_add) == ("host", "1000:1001", ())
+    assert (made.shm_bytes, made.stop_grace_s) == (2 << 30, 45)
+    assert (made.tty, made.interactive, made.detach) == (False, False, False)
+
+
+def test_the_whole_line_of_the_default_plan() -> None:
+    assert plans.to_shell(plan()) == (
+        "docker run --rm --init --name tml-twhin-1234"
+        " --mount type=bind,source=/home/me/tml,target=/usr/src/app/tml"
+        " --mount type=bind,source=/home/me/.config,target=/root/.config,readonly"
+        " --mount type=bind,source=/home/me/tmp,target=/root/tmp"
+        " -w /usr/src/app --user 1000:1001 -e PYTHONPATH=/usr/src/app/ -e SPEC_TYPE=chief"
+        " -e HOME=/root -e USER=me -e LOGNAME=me -e TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor"
+        " --network host --shm-size 2g --cap-drop ALL --security-opt no-new-privileges"
+        " --pids-limit 8192 --stop-timeout 45 --label tml.run=1234 --label tml.role=chief"
+        " --label tml.project=twhin local/torch bash tml/projects/twhin/scripts/run_in_docker.sh"
+    )
+
+
+def test_planning_twice_gives_the_same_plan() -> None:
+    request = {"env": ("TOKEN", "A=1"), "memory": "4g", "args": ("--set", "a=b")}
+    assert plan(**request) == plan(**request)
+    assert plans.to_shell(plan(**request)) == plans.to_shell(plan(**request))
+
+
+def test_a_terminal_makes_it_interactive_unless_it_is_detached() -> None:
+    terminal = replace(HOST, terminal=True)
+    assert " -it " in plans.to_shell(plan(terminal))
+    sent = plans.to_engine(plan(terminal), "owner")
+    assert (sent["Tty"], sent["OpenStdin"], sent["AttachStdin"]) == (True, True, True)
+    detached = plans.to_shell(plan(terminal, detach=True))
+    assert " -d " in detached
+    assert " -it " not in detached
+
+
+def test_arguments_follow_the_command_and_are_quoted_in_the_line() -> None:
+    made = plan(args=("--set", "a=it's $HOME"))
+    assert made.command[2:] == ("--set", "a=it's $HOME")
+    assert shlex.split(plans.to_shell(made))[-2:] == ["--set", "a=it's $HOME"]
+
+
+def test_a_variable_by_name_is_passed_on_and_never_shown() -> None:
+    made = plan(env=("TOKEN", "SHARED", "ABSENT"))
+    assert environment(made)["TOKEN"] == "planted"
+    assert "ABSENT" not in environment(made)
+    line = plans.to_shell(made)
+    assert "-e TOKEN -e SHARED --network" in line
+    assert "planted" not in line
+    assert "planted" not in str(plans.to_json(made))
+    assert "TOKEN=planted" in plans.to_engine(made, "owner")["Env"]
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "apiKey", "DB_PASSWORD", "aws_secret_access_key"])
+def test_a_value_given_to_a_name_that_looks_secret_is_masked(name: str) -> None:
+    made = plan(env=(f"{name}=planted",))
+    assert f"{name}=planted" in plans.to_engine(made, "owner")["Env"]
+    assert "planted" not in plans.to_shell(made) + str(plans.to_json(made))
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MONKEY", "OMP_NUM_THREADS"])
+def test_an_ordinary_value_is_shown(name: str) -> None:
+    assert f"-e {name}=4" in plans.to_shell(plan(env=(f"{name}=4",)))
+
+
+def test_a_variable_given_wins_over_a_default() -> None:
+    assert environment(plan(env=("SPEC_TYPE=evaluator",)))["SPEC_TYPE"] == "evaluator"
+
+
+def test_mounts_are_relative_to_the_caller_and_replace_defaults() -> None:
+    made = plan(mount=("data/../x:/mnt/x:ro", "~/y:/root/tmp/"), data="graph")
+    assert made.mounts[2:] == (
+        Mount(source="/home/me/y", target="/root/tmp"),
+        Mount(source="/home/me/work/graph", target="/data", read_only=True),
+        Mount(source="/home/me/work/x", target="/mnt/x", read_only=True),
+    )
+
+
+def test_the_config_mount_can_be_written_to_or_left_out() -> None:
+    assert plan(config_mount="rw").mounts[1] == Mount(
+        source="/home/me/.config", target="/root/.config"
+    )
+    assert "/root/.config" not in [mount.target for mount in plan(config_mount="none").mounts]
+
+
+def test_a_path_with_a_comma_survives_the_line() -> None:
+    line = plans.to_shell(plan(mount=("/a,b:/c",)))
+    assert 'type=bind,"source=/a,b",target=/c' in shlex.split(line)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "option"),
+    [
+        ("all", Gpus(count=-1), "all"),
+        ("2", Gpus(count=2), "2"),
+        ("0,1", Gpus(ids=("0", "1")), '"device=0,1"'),
+        ("device=0", Gpus(ids=("0",)), '"device=0"'),
+        ("GPU-ab12", Gpus(ids=("GPU-ab12",)), '"device=GPU-ab12"'),
+    ],
+)
+def test_gpus_ask_for_the_capability_that_shows_everything(
+    asked: str, gpus: Gpus, option: str
+) -> None:
+    made = plan(gpus=asked)
+    assert (made.gpus, made.image) == (gpus, "local/torch:gpu")
+    line = shlex.split(plans.to_shell(made))
+    assert line[line.index("--gpus") + 1] == option
+    request = plans.to_engine(made, "owner")["HostConfig"]["DeviceRequests"][0]
+    assert request["Capabilities"] == [["gpu"]]
+    assert (request["Count"], request["DeviceIDs"]) == (gpus.count, list(gpus.ids) or None)
+
+
+def test_limits_reach_the_engine_in_its_units() -> None:
+    host = plans.to_engine(plan(memory="1.5g", cpus=1.5, shm_size="512m"), "owner")["HostConfig"]
+    assert (host["Memory"], host["NanoCpus"], host["ShmSize"]) == (3 << 29, 1500000000, 512 << 20)
+
+
+def test_processes_per_node_go_by_torchruns_own_variable() -> None:
+    assert environment(plan(nproc_per_node="2"))["PET_NPROC_PER_NODE"] == "2"
+
+
+def test_a_detached_container_removes_itself_and_has_no_owner() -> None:
+    sent = plans.to_engine(plan(detach=True), "host:1:boot")
+    assert sent["HostConfig"]["AutoRemove"] is True
+    assert "tml.owner" not in sent["Labels"]
+    assert plans.to_engine(plan(), "host:1:boot")["Labels"]["tml.owner"] == "host:1:boot"
+
+
+def test_root_may_pass_other_peoples_permissions_only_where_it_must() -> None:
+    root = replace(HOST, uid=0, gid=0, user="root")
+    assert plan(root).cap_add == ()
+    assert plan(replace(root, foreign_mounts=True)).cap_add == ("DAC_OVERRIDE",)
+    assert plan(replace(HOST, foreign_mounts=True)).cap_add == ()
+    assert "--cap-add DAC_OVERRIDE" in plans.to_shell(plan(replace(root, foreign_mounts=True)))
+
+
+def test_an_engine_that_docker_would_not_find_is_named_in_the_line() -> None:
+    found = plan(replace(HOST, endpoint="unix:///run/user/1000/docker.sock"))
+    assert plans.to_shell(found).startswith("docker -H unix:///run/user/1000/docker.sock run ")
+
+
+def test_the_shell_and_the_tests_have_the_mounts_of_a_run() -> None:
+    shell = plans.plan_shell(Request(), HOST, "1234")
+    tests = plans.plan_test(Request(), HOST, "1234")
+    assert shell.mounts == tests.mounts == plan().mounts
+    assert (shell.command, shell.interactive, shell.tty) == (("bash",), True, False)
+    assert (tests.image, tests.workdir) == ("local/torch:dev", "/usr/src/app/tml")
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"gpus": "0"}, "--gpus '0'"),
+        ({"gpus": "some"}, "--gpus 'some'"),
+        ({"shm_size": "big"}, "--shm-size 'big'"),
+        ({"memory": "0"}, "--memory '0'"),
+        ({"cpus": 0.0}, "--cpus 0"),
+        ({"mount": ("/a",)}, "--mount '/a'"),
+        ({"mount": ("/a:b",)}, "--mount '/a:b'"),
+        ({"mount": ("/a:/b:x",)}, "--mount '/a:/b:x'"),
+        ({"mount": ("/a:/",)}, "--mount '/a:/'"),
+        ({"mount": ("/var/run/docker.sock:/s",)}, "engine's socket"),
+        ({"env": ("=x",)}, "--env ''"),
+        ({"env": ("a b=x",)}, "--env 'a b'"),
+        ({"nproc_per_node": "0"}, "--nproc-per-node '0'"),
+        ({"name": "a/b"}, "--name 'a/b'"),
+        ({"stop_grace_s": -1}, "--stop-grace -1"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value(request_: dict[str, Any], said: str) -> None:
+    with pytest.raises(LauncherError) as caught:
+        plan(**request_)
+    assert said in str(caught.value)
+
+
+def test_a_wrong_variable_does_not_show_its_value() -> None:
+    with pytest.raises(LauncherError) as caught:
+        plan(env=("MY-TOKEN!=planted",))
+    assert "planted" not in str(caught.value)
