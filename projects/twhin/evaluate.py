@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor
@@ -40,6 +41,7 @@ HITS = (1, 3, 10)
 LINK_METRICS = ("mrr", "mr", *(f"hits@{k}" for k in HITS))
 BLOCK_SCORES = 1 << 24  # scores held at once: 64 MB of float32
 MAX_ROWS_SHOWN = 12  # relations in a terminal's table; a report has all of them
+MAX_NAME_SHOWN = 26  # characters of a relation there
 
 Ids = NDArray[np.int64]
 Sums = NDArray[np.float64]
@@ -366,41 +368,55 @@ def render(report: Report) -> RenderableType:
 
 
 def _link_table(report: Report, optimum: Report | None) -> Table:
-    headings = ["edges", "MRR", "heads", "tails", "MR", *(f"Hits@{k}" for k in HITS)]
-    table = _table("link prediction", report, headings + ["best MRR", "of best"] * bool(optimum))
+    headings = ["edges", "MRR", "heads", "tails", "MR", *(f"H@{k}" for k in HITS)]
+    table = _table("link prediction", report, headings + ["best", "ratio"] * bool(optimum))
     for name, row in _shown_rows(report):
         cells = [f"{row['edges']:,}"]
         if row["mean"]:
-            cells += [f"{row[side]['mrr']:.4f}" for side in ("mean", "lhs", "rhs")]
-            cells += [f"{row['mean']['mr']:.1f}"]
-            cells += [f"{row['mean'][f'hits@{k}']:.4f}" for k in HITS]
+            cells += [_short(row[side]["mrr"]) for side in ("mean", "lhs", "rhs")]
+            cells += [f"{row['mean']['mr']:.0f}"]
+            cells += [_short(row["mean"][f"hits@{k}"]) for k in HITS]
         best = _row_of(optimum, name)
         if row["mean"] and best:
             best_mrr = best["mean"]["mrr"]
-            cells += [f"{best_mrr:.4f}", f"{row['mean']['mrr'] / best_mrr:.1%}"]
-        table.add_row(name, *cells, end_section=name == "all")
+            cells += [_short(best_mrr), f"{row['mean']['mrr'] / best_mrr:.1%}"]
+        table.add_row(_shown_name(name), *cells, end_section=name == "all")
     return table
 
 
 def _retrieval_table(report: Report) -> Table:
-    names = list(report["mean"])
-    headings = [name.upper() if name.startswith("ndcg") else name.capitalize() for name in names]
-    table = _table("retrieval", report, ["users", *headings])
+    table = _table("retrieval", report, ["users", "K", "Recall@K", "NDCG@K", "Hit@K"])
     for name, row in _shown_rows(report):
         values = row["mean"] if name == "all" else row
-        cells = [f"{values[metric]:.4f}" for metric in names]
-        table.add_row(name, f"{row['users']:,}", *cells, end_section=name == "all")
+        cuts = [metric.partition("@")[2] for metric in values if metric.startswith("recall@")]
+        for cut in cuts:
+            cells = [_short(values[f"{metric}@{cut}"]) for metric in ("recall", "ndcg", "hit")]
+            named = [_shown_name(name), f"{row['users']:,}"] if cut == cuts[0] else ["", ""]
+            table.add_row(*named, cut, *cells, end_section=name == "all" and cut == cuts[-1])
     return table
 
 
 def _table(title: str, report: Report, headings: Sequence[str]) -> Table:
+    """A table that fits into 80 columns."""
     hidden = len(report["relations"]) - MAX_ROWS_SHOWN
     note = f"\n… {hidden} more relations in metrics.json" if hidden > 0 else ""
-    table = Table(title=title, caption=report["protocol"] + note, caption_justify="left")
-    table.add_column("relation", max_width=32, no_wrap=True)
+    caption = report["protocol"] + note
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
+    table.add_column("relation", min_width=8, overflow="fold")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def _shown_name(name: str) -> str:
+    """The name, or the end of a long one: it tells more than the beginning."""
+    return name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
+
+
+def _short(value: float) -> str:
+    """Four decimals, without the zero in front: .1806."""
+    return f"{value:.4f}".removeprefix("0")
 
 
 def _shown_rows(report: Report) -> Iterator[tuple[str, Report]]:

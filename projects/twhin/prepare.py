@@ -56,6 +56,7 @@ FORMATS = ("auto", "tsv", "csv", "parquet", "adjacency")
 ROW_GROUP_ROWS = 1 << 16
 PART_ROWS = 1 << 22
 MAX_ROWS_SHOWN = 12
+MAX_NAME_SHOWN = 40
 
 Ints = NDArray[np.int64]
 Columns = dict[str, Ints]
@@ -770,12 +771,13 @@ def render(counts: dict[str, Any]) -> RenderableType:
     """Tables of the counts."""
     splits = list(counts["edges"])
     edges = Table(title="edges", caption_justify="left")
-    edges.add_column("relation", max_width=60, no_wrap=True)
+    edges.add_column("relation", overflow="fold")
     for split in splits:
-        edges.add_column(split, justify="right")
+        edges.add_column(split, justify="right", no_wrap=True)
     edges.add_row("all", *(f"{counts['edges'][split]:,}" for split in splits), end_section=True)
     for name, row in list(counts["relations"].items())[:MAX_ROWS_SHOWN]:
-        edges.add_row(name, *(f"{row[split]:,}" for split in splits))
+        shown = name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
+        edges.add_row(shown, *(f"{row[split]:,}" for split in splits))
     if (hidden := len(counts["relations"]) - MAX_ROWS_SHOWN) > 0:
         edges.caption = f"… {hidden} more relations in counts.json"
     entities = Table("type", title="entities")
