@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import image, plan
+from tml.docker import build, image, plan
 from tml.docker.errors import LauncherError
 
 pytestmark = pytest.mark.docker
@@ -62,7 +62,7 @@ def test_what_pip_knows_reaches_the_build_and_no_layer_history_or_label(
     checkout: Path, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    image.build(client, checkout, "cpu")
+    build.build_image(client, checkout, "cpu")
     assert "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl" in caplog.text
     assert "stranger" not in caplog.text
     assert "variant cpu" in caplog.text
@@ -74,18 +74,18 @@ def test_what_pip_knows_reaches_the_build_and_no_layer_history_or_label(
     assert PLANTED.encode() not in saved
     assert PLANTED not in caplog.text
     # Nothing of the stages that held it is kept either.
-    assert client.images(filters={"dangling": True, "label": image.STAGE_LABEL}) == []
+    assert client.images(filters={"dangling": True, "label": build.STAGE_LABEL}) == []
 
 
 @pytest.mark.usefixtures("remove_images")
 def test_an_image_is_current_until_its_inputs_change(checkout: Path, client: Any) -> None:
     assert image.built_from(client, "cpu") is None
-    image.build(client, checkout, "cpu")
+    build.build_image(client, checkout, "cpu")
     assert image.built_from(client, "cpu") == image.hash_inputs(checkout, "cpu")
     before = client.inspect_image(f"{NAME}:cpu")["Id"]
     (checkout / "requirements" / "cpu.txt").write_text("# changed\n")
     assert image.built_from(client, "cpu") != image.hash_inputs(checkout, "cpu")
-    image.build(client, checkout, "cpu")
+    build.build_image(client, checkout, "cpu")
     assert image.built_from(client, "cpu") == image.hash_inputs(checkout, "cpu")
     # The one before it is not left without a name.
     assert before not in [found["Id"] for found in client.images(all=True)]
@@ -99,7 +99,7 @@ def test_a_failing_build_shows_the_last_lines_of_the_step_and_leaves_nothing(
         "for i in $(seq 50); do echo line $i; done; echo the cause >&2; exit 3\n"
     )
     with pytest.raises(LauncherError) as caught:
-        image.build(client, checkout, "cpu")
+        build.build_image(client, checkout, "cpu")
     message = str(caught.value)
     assert message.startswith(f"image {NAME}:cpu was not built: ")
     assert "at step 8 of " in message
@@ -123,15 +123,15 @@ def test_a_failing_build_ends_run_with_a_message_and_no_traceback(bare_launcher:
 
 
 def test_staging_offers_the_same_to_buildkit(checkout: Path, bare_launcher: Any) -> None:
-    folder = image.stage(checkout, "cpu")
+    folder = build.stage(checkout, "cpu")
     assert sorted(path.name for path in folder.iterdir()) == ["cert.pem", "pip.conf", "wheels"]
     assert (folder / "pip.conf").stat().st_mode & 0o777 == 0o600
-    build = ["docker", "build", "--quiet", "--target", "runtime", "--network", "host"]
+    command = ["docker", "build", "--quiet", "--target", "runtime", "--network", "host"]
     (checkout / ".dockerignore").write_bytes(
         (Path(__file__).resolve().parents[2] / ".dockerignore").read_bytes()
     )
     done = subprocess.run(
-        [*build, "--tag", f"{NAME}:buildkit", str(checkout)],
+        [*command, "--tag", f"{NAME}:buildkit", str(checkout)],
         capture_output=True,
         text=True,
         check=False,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import engine, image
+from tml.docker import build, engine, image
 from tml.docker.errors import LauncherError, NoEngineError
 
 
@@ -130,7 +130,7 @@ def events(*lines: str) -> list[dict[str, str]]:
 
 def test_a_build_is_followed_step_by_step(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    image.follow(
+    build.follow(
         "x", events("Step 1/2 : FROM a", " ---> 12", "Step 2/2 : RUN b", "\x1b[91mred\x1b[0m")
     )
     told = [record.getMessage() for record in caplog.records]
@@ -140,7 +140,7 @@ def test_a_build_is_followed_step_by_step(caplog: pytest.LogCaptureFixture) -> N
 def test_a_failed_build_ends_with_the_last_lines_of_its_step() -> None:
     output = events("Step 1/1 : RUN b", *(f"line {n}" for n in range(30)))
     with pytest.raises(LauncherError) as caught:
-        image.follow("x", [*output, {"error": "returned a non-zero code: 3"}])
+        build.follow("x", [*output, {"error": "returned a non-zero code: 3"}])
     lines = str(caught.value).splitlines()
     assert lines[0] == "image x was not built: returned a non-zero code: 3"
     assert lines[1] == "  at step 1 of 1: RUN b"
@@ -150,7 +150,7 @@ def test_a_failed_build_ends_with_the_last_lines_of_its_step() -> None:
 def test_a_build_on_a_terminal_shows_one_step_and_one_line() -> None:
     from rich.console import Console
 
-    progress = image._LiveProgress("x")
+    progress = build._LiveProgress("x")
     progress.step(2, 7, "RUN b")
     progress.line("now")
     console = Console(width=60)

@@ -96,11 +96,12 @@ def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
 def build(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Build the image, or write what BuildKit needs."""
     from tml.docker import image
+    from tml.docker.build import stage
 
     variant: Variant = "dev" if flags.dev else "gpu" if flags.gpu else "cpu"
     checkout = environment.tml_base()
     if flags.stage:
-        folder = image.stage(checkout, variant)
+        folder = stage(checkout, variant)
         print(f"{image.LABEL_INPUTS}={image.hash_inputs(checkout, variant)}")
         logging.info("wrote %s for docker compose build and docker build", folder)
         return 0
@@ -284,7 +285,9 @@ def _ensure_image(
             else "its inputs changed"
         )
         logging.info("building %s (%s)", name, why)
-        image.build(client, checkout, variant)
+        from tml.docker.build import build_image
+
+        build_image(client, checkout, variant)
     elif say_current:
         logging.info("image %s is current", name)
 
