@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tml import distributed
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 META = "meta.json"
 CONFIG = "config.yaml"
+
+FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 State = dict[str, Any]
 
@@ -100,7 +103,7 @@ def load(folder: Path, state: State) -> None:
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
-    except Exception as error:  # noqa: BLE001  torch raises what it finds, its own CheckpointException included
+    except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
 
 
@@ -115,7 +118,7 @@ def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     try:
         with _quiet():
             dcp.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
-    except Exception as error:  # noqa: BLE001
+    except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
     return wanted
 
@@ -149,7 +152,7 @@ def _write_tensors(folder: Path, state: State) -> None:
     try:
         with _quiet():
             dcp.save(state, checkpoint_id=str(folder), no_dist=alone)
-    except Exception as error:  # noqa: BLE001  torch raises what it finds, its own CheckpointException included
+    except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} could not be written: {_cause(error)}") from error
 
 
@@ -209,7 +212,7 @@ def _step_folders(save_dir: Path) -> list[Path]:
 def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
         return dict(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
-    except Exception as error:  # noqa: BLE001
+    except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
 
 

@@ -41,7 +41,7 @@ HITS = (1, 3, 10)
 LINK_METRICS = ("mrr", "mr", *(f"hits@{k}" for k in HITS))
 BLOCK_SCORES = 1 << 24  # scores held at once: 64 MB of float32
 MAX_ROWS_SHOWN = 12  # relations in a terminal's table; a report has all of them
-MAX_NAME_SHOWN = 26  # characters of a relation there
+MAX_NAME_SHOWN = 24  # characters of a relation there
 
 Ids = NDArray[np.int64]
 Sums = NDArray[np.float64]

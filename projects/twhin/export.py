@@ -9,6 +9,7 @@ float32), and `<folder>/relations.parquet` with columns id, relation, vector (θ
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,7 +54,9 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
     return sorted(folder.glob("*.parquet"))
 
 
-def resolve_run(run: Path, step: int | None) -> tuple[Path, TwhinConfig]:
+def resolve_run(
+    run: Path, step: int | None, overrides: Sequence[str] = ()
+) -> tuple[Path, TwhinConfig]:
     """The step folder (the newest complete one where `step` is None) of a run folder, and the config it was made with."""
     if step is None:
         steps = checkpoint.complete_steps(run)
@@ -62,7 +65,7 @@ def resolve_run(run: Path, step: int | None) -> tuple[Path, TwhinConfig]:
         step = steps[-1]
     folder = run / str(step)
     checkpoint.load_meta(folder)
-    return folder, load_config(TwhinConfig, folder / checkpoint.CONFIG)
+    return folder, load_config(TwhinConfig, folder / checkpoint.CONFIG, overrides)
 
 
 def main(argv: list[str] | None = None) -> int:
