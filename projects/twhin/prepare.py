@@ -142,10 +142,11 @@ def prepare(options: Options) -> dict[str, Any]:
 
 def read_edges(paths: Sequence[Path], options: Options) -> pl.DataFrame:
     """Rows of all files: lhs, rel, rhs as strings, and time where options.time_column names it."""
-    frame = pl.concat([_read_file(path, options) for path in paths])
-    if options.time_column is not None and frame["time"].dtype == pl.String:
-        frame = frame.with_columns(_to_time(frame["time"], paths))
-    return frame
+    frames = [_read_file(path, options) for path in paths]
+    if len({frame.schema.get("time") for frame in frames}) > 1:
+        listed = ", ".join(map(str, paths))
+        raise PrepareError(f"time column: some of {listed} hold numbers there, others text")
+    return pl.concat(frames)
 
 
 def _read_file(path: Path, options: Options) -> pl.DataFrame:
@@ -169,6 +170,8 @@ def _read_file(path: Path, options: Options) -> pl.DataFrame:
         ) from error
     if frame.is_empty():
         raise PrepareError(f"input {path} holds no edge; leave it out or make it again")
+    if "time" in frame.columns:
+        frame = frame.with_columns(_to_time(frame["time"], path))
     return frame
 
 
@@ -219,12 +222,8 @@ def _read_parquet(path: Path, options: Options) -> pl.DataFrame:
                 f"input {path}: the column for {name} holds {dtype}; ids must be integers or "
                 "strings"
             )
-    frame = frame.with_columns(
-        pl.col(name).cast(pl.String) for name in frame.columns if name != "time"
-    )
+    frame = frame.with_columns(pl.all().cast(pl.String))
     _refuse_nulls(frame, path)
-    if "time" in frame.columns and frame["time"].dtype.is_temporal():
-        frame = frame.with_columns(pl.col("time").to_physical())
     return frame
 
 
@@ -337,7 +336,7 @@ def _refuse_nulls(frame: pl.DataFrame, path: Path) -> None:
             )
 
 
-def _to_time(column: pl.Series, paths: Sequence[Path]) -> pl.Series:
+def _to_time(column: pl.Series, path: Path) -> pl.Series:
     """Numbers where all values are numbers; text, such as ISO dates, where none is."""
     numbers = column.cast(pl.Float64, strict=False)
     num_words = numbers.null_count()
@@ -346,10 +345,7 @@ def _to_time(column: pl.Series, paths: Sequence[Path]) -> pl.Series:
     if num_words == len(column):
         return column
     word = column.filter(numbers.is_null())[0]
-    raise PrepareError(
-        f"time column of {', '.join(map(str, paths))}: {word!r} is not a number while "
-        "other values are"
-    )
+    raise PrepareError(f"time column of {path}: {word!r} is not a number while other values are")
 
 
 # Relations and ids
@@ -491,17 +487,18 @@ def split_by_time(frame: pl.DataFrame, options: Options) -> dict[str, pl.DataFra
     """
     times = frame["time"]
     if options.time_cuts is not None:
+        names = list(SPLITS) if len(options.time_cuts) == 2 else ["train", "test"]
         cuts = [_parse_cut(cut, times) for cut in options.time_cuts]
     else:
         assert options.split is not None
+        shares = {name: share for name, share in zip(SPLITS, options.split, strict=True) if share}
+        names = list(shares)
         ordered = times.sort()
-        positions = np.cumsum(options.split)[:-1] * len(ordered)
+        positions = np.cumsum(list(shares.values()))[:-1] * len(ordered)
         cuts = [ordered[min(round(position), len(ordered) - 1)] for position in positions]
-    later = [times >= cut for cut in cuts]
-    number = sum(
-        (is_later.cast(pl.Int8) for is_later in later), pl.repeat(0, len(times), eager=True)
-    )
-    names = SPLITS if len(cuts) == 2 else ("train", "test")
+    number = pl.repeat(0, len(times), eager=True)
+    for cut in cuts:
+        number += (times >= cut).cast(pl.Int32)
     frame = frame.drop("time")
     parts = {name: frame.filter(number == i) for i, name in enumerate(names)}
     if empty := [name for name, part in parts.items() if part.is_empty()]:
@@ -973,7 +970,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for what the caller can mend."""
     arguments = vars(_parser().parse_args(argv))
     # A polite kill unwinds like an error, so that nothing is left behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         relations = [_parse_relation(text) for text in arguments.pop("relation")]
         if (file := arguments.pop("relations")) is not None:
@@ -985,6 +982,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console = Console()
     console.print(render(counts))
     console.print(f"written: {options.output}", soft_wrap=True)
