@@ -542,10 +542,10 @@ def drop_doubles(graph: Graph, across_splits: bool) -> None:
     earlier: list[Ints] = []
     graph.dropped["duplicates"] = {}
     for split, columns in graph.splits.items():
-        keys = np.unique(_to_keys(graph, columns))
+        keys = _sorted_once(_to_keys(graph, columns))
         if across_splits:
             for others in earlier:
-                keys = keys[~np.isin(keys, others)]
+                keys = keys[~_is_among(keys, others)]
             earlier.append(keys)
         graph.dropped["duplicates"][split] = len(columns["rel"]) - len(keys)
         if not len(keys):
@@ -553,6 +553,19 @@ def drop_doubles(graph: Graph, across_splits: bool) -> None:
                 f"no edge is left for {split}: each of them is in an earlier split too"
             )
         graph.splits[split] = _from_keys(graph, keys)
+
+
+def _sorted_once(keys: Ints) -> Ints:
+    """The different ones among `keys`, sorted. np.unique of numpy 2.4 takes ten times as long."""
+    keys = np.sort(keys)
+    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+
+
+def _is_among(keys: Ints, others: Ints) -> NDArray[np.bool_]:
+    """Which of `keys` are among `others`, which are sorted and not empty."""
+    places = np.searchsorted(others, keys)
+    found: NDArray[np.bool_] = others[np.minimum(places, len(others) - 1)] == keys
+    return found
 
 
 def _to_keys(graph: Graph, columns: Columns) -> Ints:
@@ -735,7 +748,7 @@ def count(graph: Graph) -> dict[str, Any]:
     for kind, side, chosen in _sides(graph, train["rel"]):
         seen[kind][train[side][chosen]] = True
     others = {split: columns for split, columns in graph.splits.items() if split != "train"}
-    train_keys = _to_keys(graph, train) if others else np.empty(0, np.int64)
+    train_keys = np.sort(_to_keys(graph, train)) if others else np.empty(0, np.int64)
     return {
         "edges": {split: int(numbers.sum()) for split, numbers in edges.items()},
         "relations": {
@@ -750,7 +763,7 @@ def count(graph: Graph) -> dict[str, Any]:
             split: _count_unseen(graph, columns, seen) for split, columns in others.items()
         },
         "edges_also_in_train": {
-            split: int(np.isin(_to_keys(graph, columns), train_keys).sum())
+            split: int(_is_among(_to_keys(graph, columns), train_keys).sum())
             for split, columns in others.items()
         },
         "dropped": graph.dropped,

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from projects.twhin import evaluate
+from projects.twhin.config import RelationConfig
 from projects.twhin.evaluate import Edges, Side
 
 
@@ -246,6 +247,19 @@ def test_spread_takes_edges_from_everywhere() -> None:
 def test_of_relations_keeps_the_order() -> None:
     all_edges = edges((0, 2, 0), (1, 0, 0), (2, 1, 0), (3, 2, 0))
     assert evaluate.of_relations(all_edges, [2, 1]).lhs.tolist() == [0, 2, 3]
+
+
+def test_edges_with_an_entity_unseen_in_training_are_counted() -> None:
+    relations = [
+        RelationConfig(name="like", lhs="user", rhs="video"),
+        RelationConfig(name="follow", lhs="user", rhs="user"),
+    ]
+    training = edges((0, 0, 0), (1, 1, 2))
+    # User 2 is known from the right side of follow, video 1 from nowhere, user 3 from nowhere.
+    asked = edges((2, 0, 0), (0, 0, 1), (3, 1, 3), (1, 1, 0))
+    assert evaluate.count_unseen(asked, training, relations) == 2
+    assert evaluate.count_unseen(edges(), training, relations) == 0
+    assert evaluate.count_unseen(asked, edges(), relations) == 4
 
 
 def shown(report: evaluate.Report) -> str:

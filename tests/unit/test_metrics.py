@@ -93,9 +93,12 @@ def test_ranks_equal_those_of_a_loop_that_counts() -> None:
         better = sum(scores[row, c] > scores[row, target] for c in others)
         equal = sum(scores[row, c] == scores[row, target] for c in others)
         expected.append(1 + better + equal / 2)
-    pairs = tuple(torch.from_numpy(index) for index in known.nonzero())
+    known_rows, known_columns = (torch.from_numpy(index) for index in known.nonzero())
     ranks = metrics.filtered_ranks(
-        torch.from_numpy(scores), torch.from_numpy(rows), torch.from_numpy(targets), pairs
+        torch.from_numpy(scores),
+        torch.from_numpy(rows),
+        torch.from_numpy(targets),
+        (known_rows, known_columns),
     )
     assert ranks.tolist() == expected
 
