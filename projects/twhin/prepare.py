@@ -390,8 +390,11 @@ def choose_relations(
     if dropped:
         for split, frame in frames.items():
             frames[split] = frame.filter(pl.col("rel").is_in(names))
-    if frames["train"].is_empty():
-        raise PrepareError(f"no training edge is left of the relations {_list(names)}")
+    for split, frame in frames.items():
+        if frame.is_empty():
+            raise PrepareError(
+                f"the files of --{split} hold no edge of {_list(names)}; leave them out"
+            )
     return kept, dropped
 
 
@@ -558,7 +561,10 @@ def drop_doubles(graph: Graph, across_splits: bool) -> None:
 def _sorted_once(keys: Ints) -> Ints:
     """The different ones among `keys`, sorted. np.unique of numpy 2.4 takes ten times as long."""
     keys = np.sort(keys)
-    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+    is_first = np.ones(len(keys), dtype=bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    once: Ints = keys[is_first]
+    return once
 
 
 def _is_among(keys: Ints, others: Ints) -> NDArray[np.bool_]:
