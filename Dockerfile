@@ -20,7 +20,9 @@ LABEL tml.stage=deps
 # .build/ is what the host's pip knows: wheels of the pinned set, pip.conf, cert.pem. It may be absent (the
 # pattern then matches nothing). It is copied into this stage alone, of which only /opt/venv goes further:
 # neither a wheel nor an address reaches a layer, the history or a label of the image that is kept.
-COPY requirements .build* /build/
+# The files are named one by one: dev.txt is not among them, so that the tests' tools rebuild nothing here.
+COPY requirements/install.sh requirements/launcher.txt requirements/train.txt \
+     requirements/${VARIANT}.txt .build* /build/
 RUN python3 -m venv /opt/venv \
  && if [ -f /build/pip.conf ]; then export PIP_CONFIG_FILE=/build/pip.conf; \
     elif [ -d /build/wheels ]; then export PIP_FIND_LINKS=/build/wheels; fi \
@@ -39,6 +41,7 @@ CMD ["bash"]
 # What dev adds is copied alone, so that dev shares the large layer with runtime.
 FROM deps AS dev-deps
 ARG VARIANT=cpu
+COPY requirements/dev.txt /build/
 RUN touch /before \
  && if [ -f /build/pip.conf ]; then export PIP_CONFIG_FILE=/build/pip.conf; \
     elif [ -d /build/wheels ]; then export PIP_FIND_LINKS=/build/wheels; fi \

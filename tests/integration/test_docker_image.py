@@ -96,12 +96,12 @@ def test_a_failing_build_shows_the_last_lines_of_the_step_and_leaves_nothing(
 ) -> None:
     before = {found["Id"] for found in client.images(filters={"dangling": True})}
     (checkout / "requirements" / "install.sh").write_text(
-        "for i in $(seq 50); do echo line $i; done; echo the cause >&2; exit 3\n"
+        "for i in $(seq 50); do echo line $i; done; sleep 0.5; echo the cause >&2; exit 3\n"
     )
     with pytest.raises(LauncherError) as caught:
         build.build_image(client, checkout, "cpu")
     message = str(caught.value)
-    assert message.startswith(f"image {NAME}:cpu was not built: ")
+    assert message.startswith(f"image {NAME}:cpu was not built: it returned a non-zero code: 3\n")
     assert "at step 8 of " in message
     assert "RUN python3 -m venv /opt/venv" in message
     assert "the cause" in message

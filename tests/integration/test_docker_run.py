@@ -273,6 +273,7 @@ def test_the_dry_run_starts_the_container_that_run_starts(
         for label in ("tml.run", "tml.owner"):
             found["Config"]["Labels"].pop(label, None)
         found["HostConfig"].pop("AutoRemove")
+        found["Config"]["Env"].sort()
     for part in ("Config", "HostConfig"):
         # docker spells "not set" in several ways: null, [], -1.
         a, b = ({k: v for k, v in x[part].items() if v and v != -1} for x in (ours, typed))

@@ -77,8 +77,9 @@ def terminals(launcher: Any) -> Iterator[Any]:
 
     yield open_terminal
     for terminal in opened:
-        terminal.process.kill()
-        terminal.process.wait()
+        # Not kill: of a test that failed, too, no container may be left.
+        terminal.process.terminate()
+        terminal.process.wait(60)
         os.close(terminal.ours)
         os.close(terminal.theirs)
 

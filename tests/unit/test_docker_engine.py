@@ -119,6 +119,8 @@ def test_inputs_are_hashed_by_content_and_variant(bare_launcher: Any) -> None:
     assert len({image.hash_inputs(base, variant) for variant in ("cpu", "gpu", "dev")}) == 3
     (base / "projects" / "code.py").write_text("pass\n")
     assert image.hash_inputs(base, "cpu") == before
+    (base / "requirements" / "dev.txt").write_text("pytest==1\n")
+    assert image.hash_inputs(base, "cpu") == before
     (base / "requirements" / "launcher.txt").write_text("docker==7.2.1\n")
     assert image.hash_inputs(base, "cpu") != before
 

@@ -17,10 +17,11 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from tml.docker import plan as plans
 from tml.docker.checkout import find_project
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="tml: %(message)s", stream=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # As an exception, so that a build that is stopped still tidies up. A run has its own way.
+        signal.signal(number, _end)
     try:
         return int(flags.verb_function(flags, args))
     except LauncherError as error:
@@ -49,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tml: interrupted", file=sys.stderr)
         return 130
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run(flags: argparse.Namespace, args: Sequence[str]) -> int:

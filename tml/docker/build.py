@@ -43,7 +43,7 @@ def build_image(client: "APIClient", checkout: Path, variant: Variant) -> None:
         for part in ("cpu", "dev") if variant == "dev" else (variant,):
             _build_one(client, checkout, part, offer)
     finally:
-        _remove_stages(client)
+        _remove_leftovers(client)
 
 
 def host_offer(checkout: Path, variant: Variant) -> Offer:
@@ -58,8 +58,7 @@ def host_offer(checkout: Path, variant: Variant) -> Offer:
 def _build_one(client: "APIClient", checkout: Path, variant: Variant, offer: Offer) -> None:
     name = IMAGES[variant]
     started = time.monotonic()
-    previous = _image_id(client, name)
-    with _context(checkout, offer) as context:
+    with _context(input_files(checkout, variant), checkout, offer) as context:
         events = client.build(
             fileobj=context,
             custom_context=True,
@@ -75,8 +74,6 @@ def _build_one(client: "APIClient", checkout: Path, variant: Variant, offer: Off
             decode=True,
         )
         follow(name, events)
-    if previous is not None and previous != _image_id(client, name):
-        _remove_image(client, previous)
     logger.info("built %s in %.0f s", name, time.monotonic() - started)
 
 
@@ -85,25 +82,16 @@ def _proxies(env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name] for name in names if env.get(name)}
 
 
-def _image_id(client: "APIClient", name: str) -> str | None:
-    from docker.errors import ImageNotFound
-
-    try:
-        return str(client.inspect_image(name)["Id"])
-    except ImageNotFound:
-        return None
-
-
-def _remove_stages(client: "APIClient") -> None:
-    """Remove what the classic builder leaves of the discarded stages: their wheels and settings are
-    not kept.
+def _remove_leftovers(client: "APIClient") -> None:
+    """Remove the discarded stages, with their wheels and settings, and the images that lost their
+    name.
 
     A later build therefore installs again; it is needed only when the inputs change, and then it
     must.
     """
-    filters = {"dangling": True, "label": STAGE_LABEL}
-    for image in client.images(filters=filters):
-        _remove_image(client, image["Id"])
+    for label in (STAGE_LABEL, LABEL_INPUTS):
+        for image in client.images(filters={"dangling": True, "label": label}):
+            _remove_image(client, image["Id"])
 
 
 def _remove_image(client: "APIClient", image: str) -> None:
@@ -117,13 +105,13 @@ def _remove_image(client: "APIClient", image: str) -> None:
 
 
 @contextmanager
-def _context(checkout: Path, offer: Offer) -> Iterator[io.BufferedRandom]:
+def _context(files: Iterable[Path], checkout: Path, offer: Offer) -> Iterator[io.BufferedRandom]:
     """The build context as a tar file: the allow-list of .dockerignore, with the offer in the place
     of .build/.
     """
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
-            for path in input_files(checkout):
+            for path in files:
                 _add(tar, path.relative_to(checkout).as_posix(), path)
             for wheel in offer.wheels:
                 _add(tar, f"{STAGED}/wheels/{wheel.name}", wheel)
@@ -194,9 +182,9 @@ def follow(name: str, events: Iterable[Mapping[str, Any]]) -> None:
         for event in events:
             if "error" in event:
                 lines = "".join(f"\n    {line}" for line in last)
-                raise LauncherError(
-                    f"image {name} was not built: {event['error'].strip()}\n  at {step}{lines}"
-                )
+                # The step is named below, and shorter.
+                cause = re.sub(r"^The command '.*' returned", "it returned", event["error"].strip())
+                raise LauncherError(f"image {name} was not built: {cause}\n  at {step}{lines}")
             for text in _lines(event):
                 if match := re.fullmatch(r"Step (\d+)/(\d+) : (.*)", text):
                     number, count, instruction = (

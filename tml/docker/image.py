@@ -22,9 +22,11 @@ TARGETS: dict[Variant, str] = {"cpu": "runtime", "gpu": "runtime", "dev": "dev"}
 """Stage of the Dockerfile that each variant is."""
 
 
-def input_files(checkout: Path) -> list[Path]:
-    """The files of the checkout that go into an image."""
-    files = [checkout / "Dockerfile", *sorted((checkout / "requirements").iterdir())]
+def input_files(checkout: Path, variant: Variant) -> list[Path]:
+    """The files of the checkout that the image of `variant` is made of."""
+    sets = {"cpu": ["cpu"], "gpu": ["gpu"], "dev": ["cpu", "dev"]}[variant]
+    names = ["install.sh", *(f"{name}.txt" for name in ("launcher", "train", *sets))]
+    files = [checkout / "Dockerfile", *(checkout / "requirements" / name for name in names)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise LauncherError(f"{missing[0]} is missing: {checkout} is not a whole checkout")
@@ -39,7 +41,7 @@ def build_arguments(variant: Variant) -> dict[str, str]:
 def hash_inputs(checkout: Path, variant: Variant) -> str:
     """Hash of everything that goes into the image of `variant`."""
     digest = hashlib.sha256()
-    for file in input_files(checkout):
+    for file in input_files(checkout, variant):
         content = file.read_bytes()
         digest.update(
             f"{file.relative_to(checkout).as_posix()}\0{len(content)}\0".encode() + content
