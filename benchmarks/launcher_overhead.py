@@ -10,6 +10,7 @@ Needs an engine and the image.
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -36,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = [*run, "--dry-run"]
         line = subprocess.run(shown, env=env, capture_output=True, text=True, check=True).stdout
         typed_s, launched_s = [], []
+        typed_cpu_s, launched_cpu_s = [], []
         for turn in range(flags.turns):
-            typed_s.append(seconds(["bash", "-c", f"exec {line}"], env))
-            launched_s.append(seconds(run, env))
+            for argv, wall_s, cpu_s in (
+                (["bash", "-c", f"exec {line}"], typed_s, typed_cpu_s),
+                (run, launched_s, launched_cpu_s),
+            ):
+                wall, cpu = seconds(argv, env)
+                wall_s.append(wall)
+                cpu_s.append(cpu)
             print(json.dumps({"turn": turn, "typed_s": typed_s[-1], "launcher_s": launched_s[-1]}))
     typed, launched = statistics.median(typed_s), statistics.median(launched_s)
     summary = {
@@ -47,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "median_launcher_s": round(launched, 3),
         "difference_s": round(launched - typed, 3),
         "ratio": round(launched / typed, 2),
+        "median_typed_cpu_s": round(statistics.median(typed_cpu_s), 3),
+        "median_launcher_cpu_s": round(statistics.median(launched_cpu_s), 3),
     }
     print(json.dumps(summary))
     return 0 if launched - typed <= flags.limit_s else 1
@@ -68,13 +77,15 @@ def make_checkout(folder: Path) -> dict[str, str]:
     return {**os.environ, **paths}
 
 
-def seconds(argv: Sequence[str], env: dict[str, str]) -> float:
-    """Wall time of a whole process that must succeed."""
-    started = time.perf_counter()
+def seconds(argv: Sequence[str], env: dict[str, str]) -> tuple[float, float]:
+    """Wall and processor time of a whole process, which must succeed."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
         argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True
     )
-    return round(time.perf_counter() - started, 4)
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(wall, 4), round(cpu, 4)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import getpass
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -210,7 +209,7 @@ def _owner(path: Path) -> int | None:
 
 
 def _run_id() -> str:
-    return secrets.token_hex(4)
+    return os.urandom(4).hex()
 
 
 def _variant(plan: Plan) -> Variant:

@@ -6,8 +6,6 @@ started.
 (`to_shell`), or as JSON (`to_json`).
 """
 
-import csv
-import io
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -443,10 +441,11 @@ def secret_names(plan: Plan) -> Sequence[str]:
 def _mount_option(mount: Mount) -> str:
     fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
     fields += ["readonly"] if mount.read_only else []
-    # docker reads this option as one line of CSV: a path with a comma must be quoted.
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(fields)
-    return line.getvalue()
+    # docker reads this option as one line of CSV: a path with a comma or a quote must be quoted.
+    return ",".join(
+        '"' + text.replace('"', '""') + '"' if re.search(r'[,"\n]', text) else text
+        for text in fields
+    )
 
 
 def _gpus_option(gpus: Gpus) -> str:
