@@ -91,6 +91,20 @@ def test_output_arrives_whole_and_the_two_streams_stay_apart(launcher: Any) -> N
     assert "told\n" in done.stderr
 
 
+def test_output_that_is_read_late_is_not_lost(launcher: Any, client: Any, until: Any) -> None:
+    launcher.script("seq 60000\n")
+    process = launcher.start("run", "standin")
+    # The container is over, and its output fills every pipe on the way to us.
+    until(lambda: containers(client, status="exited"))
+    out, _ = process.communicate(timeout=20)
+    assert out == "".join(f"{n}\n" for n in range(1, 60001))
+
+
+def test_a_container_that_closes_its_output_is_waited_for(launcher: Any) -> None:
+    launcher.script("exec >&- 2>&-; sleep 1; exit 7\n")
+    assert launcher("run", "standin").returncode == 7
+
+
 def test_arguments_reach_the_entry_script_as_they_were_given(launcher: Any) -> None:
     launcher.script('printf "[%s]" "$@"\n')
     done = launcher("run", "standin", "--", "--set", "a.b=1 2", "", "--", "$HOME")
