@@ -29,11 +29,15 @@ check "tests without an engine" "$python" -m pytest -m "not docker" -n 2 --dist 
 if ((engine)); then check "image" "$python" -m tml.docker build; fi
 check "tests with an engine" "$python" -m pytest -m docker "$@"
 
+status=0
 if ((${#failed[@]})); then
   printf 'test.sh: failed: %s\n' "$(IFS=,; echo "${failed[*]}")"
-  exit 1
+  status=1
+else
+  echo "test.sh: passed"
 fi
-if ((engine)); then echo "test.sh: all passed"; else
-  echo "test.sh: passed, but the tests that need a Docker Engine (listed above) were left out."
-  echo "test.sh: to have them run: start an engine, see that \`.venv/bin/python -m tml.docker ping\` finds it, and call this again."
+if ((!engine)); then
+  echo "test.sh: left out: the tests that need a Docker Engine, listed above. To have them run: start an"
+  echo "test.sh: engine, see that \`.venv/bin/python -m tml.docker ping\` finds it, and call this again."
 fi
+exit $status
