@@ -1,1 +1,3 @@
-"""The models that are trained with tml; each folder is one project, and imports none of the others."""
+"""The models that are trained with tml; each folder is one project, and imports none of the
+others.
+"""

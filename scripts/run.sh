@@ -20,7 +20,6 @@ else
   echo "$answer" | grep -v -e '--venv' -e 'The same job without' >&2
   say "no engine: training in the virtual environment"
 fi
-python=$(scripts/setup_venv.sh cpu)
-export SPEC_TYPE=chief PYTHONUNBUFFERED=1
-exec "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc_per_node "${PET_NPROC_PER_NODE:-1}" \
-  projects/twhin/run.py --config_yaml_path=projects/twhin/config/local.yaml --save_dir="$HOME/tmp/runs/twhin" "$@"
+scripts/setup_venv.sh cpu >/dev/null
+export SPEC_TYPE=chief PYTHONUNBUFFERED=1 PATH="$base/.venv/bin:$PATH"
+exec bash projects/twhin/scripts/run_in_docker.sh "$@"

@@ -1,8 +1,9 @@
 """Checkpoints: step folders that are complete or do not count.
 
-`<save_dir>/<step>/` holds tensors (torch.distributed.checkpoint, one file a process), `meta.json` and `config.yaml`; the empty file
-`COMPLETE` is written last. A folder without it is what a killed run left behind: it is never read, and removed by the next save.
-Tensors are saved by name and can be loaded by any number of processes.
+`<save_dir>/<step>/` holds tensors (torch.distributed.checkpoint, one file a process), `meta.json`
+and `config.yaml`; the empty file `COMPLETE` is written last. A folder without it is what a killed
+run left behind: it is never read, and removed by the next save. Tensors are saved by name and can
+be loaded by any number of processes.
 """
 
 import errno
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tml import distributed
@@ -37,7 +39,9 @@ State = dict[str, Any]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message says which, why and what to do."""
+    """A checkpoint that could not be written or read; the message says which, why and what to
+    do.
+    """
 
 
 def complete_steps(save_dir: Path) -> list[int]:
@@ -53,10 +57,12 @@ def is_complete(folder: Path) -> bool:
 def save(
     save_dir: Path, step: int, state: State, meta: State, config: str, keep: int | None = None
 ) -> Path:
-    """Write `<save_dir>/<step>`, then remove all but the newest `keep` complete step folders. All processes call this.
+    """Write `<save_dir>/<step>`, then remove all but the newest `keep` complete step folders. All
+    processes call this.
 
-    state: name → tensor, sharded tensor or nested dict of them; meta: JSON object; config: YAML text.
-    Raises CheckpointError on every process when one fails; what was begun is removed, older folders stay.
+    state: name → tensor, sharded tensor or nested dict of them; meta: JSON object; config: YAML
+    text. Raises CheckpointError on every process when one fails; what was begun is removed, older
+    folders stay.
     """
     folder = save_dir / str(step)
     _together(f"checkpoint {folder} could not be begun", lambda: _begin(folder))
@@ -70,8 +76,14 @@ def save(
         if _is_chief():
             shutil.rmtree(folder, ignore_errors=True)
         last = complete_steps(save_dir)
-        kept = f"the last complete checkpoint is {save_dir / str(last[-1])}" if last else "there is none before it"
-        raise CheckpointError(f"{error}; {kept}; make room and start the same command again") from error
+        kept = (
+            f"the last complete checkpoint is {save_dir / str(last[-1])}"
+            if last
+            else "there is none before it"
+        )
+        raise CheckpointError(
+            f"{error}; {kept}; make room and start the same command again"
+        ) from error
     if _is_chief():
         _remove_old(save_dir, keep)
     return folder
@@ -83,7 +95,8 @@ def load_meta(folder: Path) -> State:
         raise CheckpointError(f"checkpoint {folder} does not exist")
     if not is_complete(folder):
         raise CheckpointError(
-            f"checkpoint {folder} is not complete (no file {COMPLETE}): the run was stopped while it wrote it; "
+            f"checkpoint {folder} is not complete (no file {COMPLETE}): the run was stopped "
+            "while it wrote it; "
             "use an earlier step folder"
         )
     try:
@@ -95,20 +108,25 @@ def load_meta(folder: Path) -> State:
 
 
 def load(folder: Path, state: State) -> None:
-    """Read the tensors named in `state` into them, in place, whatever number of processes saved them.
+    """Read the tensors named in `state` into them, in place, whatever number of processes saved
+    them.
 
     Raises CheckpointError where a name is missing or a shape differs.
     """
     _check_shapes(folder, state)
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+            state_dict_loader.load(
+                state, checkpoint_id=str(folder), no_dist=not dist.is_initialized()
+            )
     except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
 
 
 def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a step folder whose names start with `prefix`, whole and in memory, in this process alone."""
+    """Tensors of a step folder whose names start with `prefix`, whole and in memory, in this
+    process alone.
+    """
     load_meta(folder)
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -117,7 +135,7 @@ def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     }
     try:
         with _quiet():
-            dcp.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
+            state_dict_loader.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
     except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
     return wanted
@@ -125,7 +143,9 @@ def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process saves as a single process, and that ShardedTensor grows old."""
+    """Without torch's warning that a single process saves as a single process, and that
+    ShardedTensor grows old.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -151,9 +171,11 @@ def _write_tensors(folder: Path, state: State) -> None:
         )
     try:
         with _quiet():
-            dcp.save(state, checkpoint_id=str(folder), no_dist=alone)
+            state_dict_saver.save(state, checkpoint_id=str(folder), no_dist=alone)
     except FAILURES as error:
-        raise CheckpointError(f"checkpoint {folder} could not be written: {_cause(error)}") from error
+        raise CheckpointError(
+            f"checkpoint {folder} could not be written: {_cause(error)}"
+        ) from error
 
 
 def _write_texts(folder: Path, meta: State, config: str) -> None:
@@ -211,7 +233,7 @@ def _step_folders(save_dir: Path) -> list[Path]:
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
-        return dict(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+        return dict(FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
     except FAILURES as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
 
@@ -224,12 +246,14 @@ def _check_shapes(folder: Path, state: State) -> None:
         entry = saved.get(name)
         if entry is None:
             raise CheckpointError(
-                f"checkpoint {folder} has no {name}; it has {', '.join(sorted(saved))}: it is of another model"
+                f"checkpoint {folder} has no {name}; it has {', '.join(sorted(saved))}: "
+                "it is of another model"
             )
         if tuple(entry.size) != tuple(value.size()):
             raise CheckpointError(
                 f"checkpoint {folder}: {name} has shape {tuple(entry.size)}, the model's is "
-                f"{tuple(value.size())}: it is of another model; use its config, or another save_dir"
+                f"{tuple(value.size())}: it is of another model; use its config, "
+                "or another save_dir"
             )
 
 

@@ -1,7 +1,8 @@
 """Configuration: the frozen base class of every config, and YAML → config.
 
-`load_config(ConfigClass, path, overrides=())` reads YAML (anchors and merge keys work, a key given twice does not), replaces
-`${NAME}` by environment variables and `${HERE}` by the folder of the file itself, applies `a.b.0.c=value` overrides and validates. Every way this can go wrong is a
+`load_config(ConfigClass, path, overrides=())` reads YAML (anchors and merge keys work, a key given
+twice does not), replaces `${NAME}` by environment variables and `${HERE}` by the folder of the file
+itself, applies `a.b.0.c=value` overrides and validates. Every way this can go wrong is a
 `ConfigError` of one paragraph: the file, the path of the key, the value, what is allowed.
 """
 
@@ -59,7 +60,8 @@ def load_config(
     overrides: Iterable[str] = (),
     base: str | Path | None = None,
 ) -> ConfigT:
-    """Read the YAML file `path` as a `config_class`; `overrides` are `a.b=value` strings, applied in order.
+    """Read the YAML file `path` as a `config_class`; `overrides` are `a.b=value` strings, applied
+    in order.
 
     base: a YAML file whose values `path` is merged over (`merge`), such as the facts of a data set.
     Raises ConfigError for everything that the config's author can mend.
@@ -84,7 +86,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def merge(under: Any, over: Any) -> Any:
-    """`over` laid upon `under`: mappings key by key, lists of mappings with a `name` by that name, else `over`."""
+    """`over` laid upon `under`: mappings key by key, lists of mappings with a `name` by that name,
+    else `over`.
+    """
     if isinstance(under, dict) and isinstance(over, dict):
         merged = dict(under)
         for key, value in over.items():
@@ -105,9 +109,11 @@ def _is_named_list(value: Any) -> bool:
 
 
 def parse_yaml(text: str, source: str, here: Path | None = None) -> dict[str, Any]:
-    """YAML text → nested dictionaries and lists, `${NAME}` replaced. `source` names the text in errors."""
+    """YAML text → nested dictionaries and lists, `${NAME}` replaced. `source` names the text in
+    errors.
+    """
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {source} is not valid YAML: {_one_line(error)}") from error
     if tree is None:
@@ -135,7 +141,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"--set {override}: write it as path.to.key=value")
     try:
-        value = _replace_variables(yaml.load(text, Loader=_Loader), "--set", tuple(parts), None)  # noqa: S506
+        value = _replace_variables(yaml.load(text, Loader=_Loader), "--set", tuple(parts), None)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
     node: Any = tree
@@ -177,7 +183,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark

@@ -1,7 +1,7 @@
 """The processes of a job: which one this is, its device, and the few things they do together.
 
-`join` reads what torchrun put into the environment. A single process makes no process group: the functions below then
-return what they were given.
+`join` reads what torchrun put into the environment. A single process makes no process group: the
+functions below then return what they were given.
 """
 
 import os
@@ -33,9 +33,11 @@ class Job:
 
 @contextmanager
 def join(timeout_s: float) -> Iterator[Job]:
-    """Join the job that torchrun describes; a collective that takes longer than `timeout_s` seconds fails.
+    """Join the job that torchrun describes; a collective that takes longer than `timeout_s` seconds
+    fails.
 
-    Each process takes the GPU of its local rank where there is one, else its share of the processors.
+    Each process takes the GPU of its local rank where there is one, else its share of the
+    processors.
     """
     local_rank, local_world_size = environment.local_rank(), environment.local_world_size()
     if torch.cuda.is_available():

@@ -1,11 +1,13 @@
 """Embedding tables with their optimizer fused into the backward pass: one interface, two engines.
 
-`FbgemmTables` holds whole tables in one process and calls FBGEMM's table-batched embedding directly; `ShardedTables` lets TorchRec
-cut the rows over the processes. Both look up `ids` (a tensor a table) and give rows (a tensor a table); the backward pass of those
-rows updates the tables, no optimizer step follows. A lookup without gradients updates nothing.
+`FbgemmTables` holds whole tables in one process and calls FBGEMM's table-batched embedding
+directly; `ShardedTables` lets TorchRec cut the rows over the processes. Both look up `ids` (a
+tensor a table) and give rows (a tensor a table); the backward pass of those rows updates the
+tables, no optimizer step follows. A lookup without gradients updates nothing.
 
-Initial rows depend on (seed, table, row) alone, so tables are the same however many processes hold them. Saved names are a
-promise: `tables.<name>.weight` (rows, D), and `tables.<name>.accumulator`: (rows,) for row-wise Adagrad, (rows, D) for Adagrad.
+Initial rows depend on (seed, table, row) alone, so tables are the same however many processes hold
+them. Saved names are a promise: `tables.<name>.weight` (rows, D), and `tables.<name>.accumulator`:
+(rows,) for row-wise Adagrad, (rows, D) for Adagrad.
 """
 
 import logging
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tml.config import ConfigError
 from tml.distributed import Job
 from tml.optimizers import Adagrad, OptimizerConfig, Sgd
 
@@ -50,7 +53,9 @@ class TableSpec:
 
 
 class Tables(nn.Module, ABC):
-    """Several tables. forward: ids {table: (N_t,) int64} → rows {table: (N_t, D) float32}; all tables must be named."""
+    """Several tables. forward: ids {table: (N_t,) int64} → rows {table: (N_t, D) float32}; all
+    tables must be named.
+    """
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
@@ -112,25 +117,32 @@ class ArrayRows(RowSource):
 
 
 def build_tables(specs: Sequence[TableSpec], job: Job, seed: int) -> Tables:
-    """Tables for this job, filled with initial rows: whole ones for a single process, else sharded."""
+    """Tables for this job, filled with initial rows: whole ones for a single process, else
+    sharded.
+    """
     for spec in specs:
         if spec.optimizer.kind == "adam":
-            raise ValueError(
+            raise ConfigError(
                 f"table {spec.name!r}: adam keeps no sparse state on a CPU; "
                 "use rowwise_adagrad, adagrad or sgd"
             )
-    tables: Tables
-    if job.world_size == 1:
-        tables = FbgemmTables(specs, job.device)
-    else:
-        tables = ShardedTables(specs, job)
+        if spec.optimizer.settings.weight_decay:
+            raise ConfigError(
+                f"table {spec.name!r}: weight_decay "
+                f"{spec.optimizer.settings.weight_decay} would be ignored: "
+                "FBGEMM's update on a CPU has none; leave it out"
+            )
+    alone = job.world_size == 1
+    tables: Tables = FbgemmTables(specs, job.device) if alone else ShardedTables(specs, job)
     for index, spec in enumerate(specs):
         tables.fill(spec.name, NormalRows(seed, index, spec))
     return tables
 
 
 class FbgemmTables(Tables):
-    """Whole tables in one process: one FBGEMM table-batched embedding for each, since each has its own optimizer."""
+    """Whole tables in one process: one FBGEMM table-batched embedding for each, since each has its
+    own optimizer.
+    """
 
     def __init__(self, specs: Sequence[TableSpec], device: torch.device) -> None:
         super().__init__(specs)
@@ -156,12 +168,12 @@ class FbgemmTables(Tables):
         }[spec.optimizer.kind]
         settings = spec.optimizer.settings
         extra = {"eps": settings.eps} if isinstance(settings, Adagrad) else {}
-        # Bags of one: with pooling NONE the CPU update is 30 times slower (98 ms against 3 ms for 40,000 rows).
+        # Bags of one: with pooling NONE the CPU update is 30 times slower (98 ms against 3 ms for
+        # 40,000 rows).
         module = SplitTableBatchedEmbeddingBagsCodegen(
             [(spec.num_rows, spec.dim, location, compute)],
             optimizer=optimizer,
             learning_rate=spec.optimizer.learning_rate_at(0),
-            weight_decay=settings.weight_decay,
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.FP16 if spec.data_type == "fp16" else SparseType.FP32,
             output_dtype=SparseType.FP32,
@@ -210,8 +222,9 @@ class FbgemmTables(Tables):
 class ShardedTables(Tables):
     """Tables cut by rows over the processes, by TorchRec; ids and rows travel by all-to-all.
 
-    Row-wise alone: it balances memory and work for any table, and an accumulator a row stays one number a row
-    (column-wise sharding would give row-wise Adagrad one a shard and so make training depend on the number of processes).
+    Row-wise alone: it balances memory and work for any table, and an accumulator a row stays one
+    number a row (column-wise sharding would give row-wise Adagrad one a shard and so make training
+    depend on the number of processes).
     """
 
     def __init__(self, specs: Sequence[TableSpec], job: Job) -> None:
@@ -222,7 +235,7 @@ class ShardedTables(Tables):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._sharded = self._shard(job)
-        self._groups = {name: group for name, group in self._optimizer_groups()}
+        self._groups = dict(self._optimizer_groups())
 
     def _shard(self, job: Job) -> Any:
         import torch.distributed as dist
@@ -324,7 +337,9 @@ class ShardedTables(Tables):
 
 
 def _keyed_groups(optimizer: Any) -> list[tuple[str, Any]]:
-    """(parameter key, param group) of a TorchRec optimizer, which may be a (name, optimizer) pair."""
+    """(parameter key, param group) of a TorchRec optimizer, which may be a (name, optimizer)
+    pair.
+    """
     inner = optimizer[1] if isinstance(optimizer, tuple) else optimizer
     if hasattr(inner, "optimizers"):
         return [pair for one in inner.optimizers for pair in _keyed_groups(one)]
@@ -336,7 +351,7 @@ def _torch_optimizer(config: OptimizerConfig) -> tuple[type, dict[str, float]]:
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
     settings = config.settings
-    common = {"lr": config.learning_rate_at(0), "weight_decay": settings.weight_decay}
+    common = {"lr": config.learning_rate_at(0)}
     if isinstance(settings, Sgd):
         return torch.optim.SGD, common
     assert isinstance(settings, Adagrad)

@@ -1,7 +1,8 @@
 """Logs: who speaks, and the record of a run.
 
-`set_up` gives rank 0 a voice and leaves other ranks theirs for warnings. `MetricLog` writes one record an interval to
-`metrics.jsonl`; the line on the console is a rendering of that record, so the two cannot disagree.
+`set_up` gives rank 0 a voice and leaves other ranks theirs for warnings. `MetricLog` writes one
+record an interval to `metrics.jsonl`; the line on the console is a rendering of that record, so the
+two cannot disagree.
 """
 
 import json
@@ -18,7 +19,9 @@ Record = dict[str, Any]
 
 
 def set_up(rank: int) -> None:
-    """Log to stderr: ours on rank 0 from INFO on, everything else from WARNING on; other ranks say who they are."""
+    """Log to stderr: ours on rank 0 from INFO on, everything else from WARNING on; other ranks say
+    who they are.
+    """
     prefix = "" if rank == 0 else f"rank {rank}: "
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
     for name in ("__main__", "projects", "tml"):
@@ -26,7 +29,9 @@ def set_up(rank: int) -> None:
 
 
 class MetricLog:
-    """Appends records to `<folder>/metrics.jsonl` and renders them as lines; silent and writing nothing on ranks > 0."""
+    """Appends records to `<folder>/metrics.jsonl` and renders them as lines; silent and writing
+    nothing on ranks > 0.
+    """
 
     def __init__(self, folder: Path, rank: int, console: Console | None = None) -> None:
         self._path = folder / "metrics.jsonl"

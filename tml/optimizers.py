@@ -1,7 +1,8 @@
 """Optimizer and learning-rate configs, and the schedule as a pure function of the step.
 
-Which optimizer updates which parameter is decided where the parameter lives: embedding tables by their engine
-(`tml.embeddings`, fused into the backward pass), dense parameters by `build_dense_optimizer`.
+Which optimizer updates which parameter is decided where the parameter lives: embedding tables by
+their engine (`tml.embeddings`, fused into the backward pass), dense parameters by
+`build_dense_optimizer`.
 """
 
 import math
@@ -47,7 +48,9 @@ class LinearRampToConstant(Config):
 
 
 class LinearRampToCosine(Config):
-    """From 0, linearly over num_ramp_steps, then a half cosine down to final_learning_rate at final_num_steps."""
+    """From 0, linearly over num_ramp_steps, then a half cosine down to final_learning_rate at
+    final_num_steps.
+    """
 
     learning_rate: NonNegativeFloat
     """Value at the end of the ramp."""
@@ -113,7 +116,9 @@ class Sgd(Config):
 
 
 class Adagrad(Config):
-    """Adagrad (Duchi et al. 2011): one accumulator a weight. Row-wise: one a row, of the mean squared gradient."""
+    """Adagrad (Duchi et al. 2011): one accumulator a weight. Row-wise: one a row, of the mean
+    squared gradient.
+    """
 
     lr: NonNegativeFloat = 0.01
     """Learning rate, where no `learning_rate` schedule is given."""
@@ -166,7 +171,9 @@ class OptimizerConfig(Config):
 def build_dense_optimizer(
     config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The torch optimizer of dense parameters; row-wise Adagrad exists for embedding tables only."""
+    """The torch optimizer of dense parameters; row-wise Adagrad exists for embedding tables
+    only.
+    """
     lr = config.learning_rate_at(0)
     settings = config.settings
     if isinstance(settings, Sgd):
@@ -181,7 +188,9 @@ def build_dense_optimizer(
             weight_decay=settings.weight_decay,
         )
     if config.rowwise_adagrad is not None:
-        raise ValueError("rowwise_adagrad is for embedding tables; use adagrad for dense parameters")
+        raise ValueError(
+            "rowwise_adagrad is for embedding tables; use adagrad for dense parameters"
+        )
     return torch.optim.Adagrad(
         parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay
     )

@@ -1,7 +1,9 @@
-"""The training loop, the same for every project: batches → updates → records → checkpoints, and a clean stop.
+"""The training loop, the same for every project: batches → updates → records → checkpoints, and a
+clean stop.
 
-The loop knows neither model nor data: `update` makes one step of one batch and `save` writes what is needed to take the run up
-again. The loss of an interval belongs to the state, so that a resumed run writes the same records as an unbroken one.
+The loop knows neither model nor data: `update` makes one step of one batch and `save` writes what
+is needed to take the run up again. The loss of an interval belongs to the state, so that a resumed
+run writes the same records as an unbroken one.
 """
 
 import signal
@@ -44,7 +46,9 @@ class Progress:
     position: Position = field(default_factory=Position)
     """Where reading goes on."""
     loss_sum: float = 0.0
-    """Sum of the losses since the last record: of all processes on the chief, 0 elsewhere, when just saved or loaded."""
+    """Sum of the losses since the last record: of all processes on the chief, 0 elsewhere, when
+    just saved or loaded.
+    """
     num_examples: int = 0
     """Examples since the last record, over all processes."""
     examples_seen: int = 0
@@ -72,7 +76,9 @@ class Progress:
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT are noted instead of ending the process: the loop stops after its step."""
+    """While entered, SIGTERM and SIGINT are noted instead of ending the process: the loop stops
+    after its step.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -93,7 +99,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # torchrun passes on a signal that a terminal has already sent to every process: the second is no new wish.
+        # torchrun passes on a signal that a terminal has already sent to every process: the second
+        # is no new wish.
         self.number = self.number or number
 
 
@@ -117,7 +124,8 @@ class Loop(Generic[BatchT]):
     validate_every: int | None = None
 
     def run(self, batches: Iterator[tuple[BatchT, Position]], progress: Progress) -> int | None:
-        """Train to total_steps; returns None when done, or the number of the signal that stopped it.
+        """Train to total_steps; returns None when done, or the number of the signal that stopped
+        it.
 
         `progress` is kept up to date, and saved at the end whichever way it comes.
         """
@@ -155,7 +163,9 @@ class Loop(Generic[BatchT]):
         return None
 
     def _gather(self, progress: Progress, interval_loss: Tensor) -> None:
-        """Move the interval's loss to the chief, in the unbroken run as in the resumed one: same sums, same rounding."""
+        """Move the interval's loss to the chief, in the unbroken run as in the resumed one: same
+        sums, same rounding.
+        """
         distributed.all_reduce_sum(interval_loss)
         if not self.job.is_chief:
             interval_loss.zero_()

@@ -1,7 +1,8 @@
 """TwHIN's configuration: `TwhinConfig` and its parts, the shape of the YAML files in `config/`.
 
-The keys of the published local.yaml are all here; what this program adds has a default. Rules between fields are
-checked where they meet: tables of one dimension and one data type, relations between known tables.
+The keys of the published local.yaml are all here; what this program adds has a default. Rules
+between fields are checked where they meet: tables of one dimension and one data type, relations
+between known tables.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -18,7 +19,9 @@ class RuntimeConfig(Config):
     """How the program runs."""
 
     enable_amp: bool = False
-    """Score products in bfloat16 (autocast); no gradient scaler, bfloat16 has the range of float32."""
+    """Score products in bfloat16 (autocast); no gradient scaler, bfloat16 has the range of
+    float32.
+    """
     enable_tensorfloat32: bool = False
     """TensorFloat-32 products on NVIDIA GPUs."""
     wandb: dict[str, Any] | None = None
@@ -31,7 +34,9 @@ class TrainingConfig(Config):
     save_dir: str | None = None
     """Run folder: step folders, metrics.jsonl, config.yaml. `--save_dir` takes precedence."""
     num_train_steps: PositiveInt | None = None
-    """Training ends after so many steps or after num_epochs, whichever is first. Unset: num_epochs alone."""
+    """Training ends after so many steps or after num_epochs, whichever is first. Unset: num_epochs
+    alone.
+    """
     num_epochs: PositiveInt = 1
     """Passes over the training edges."""
     checkpoint_every_n: PositiveInt | None = None
@@ -43,13 +48,17 @@ class TrainingConfig(Config):
     num_eval_steps: PositiveInt | None = None
     """Batches of validation_data in one validation pass. Unset: all of them."""
     eval_log_every_n: PositiveInt | None = None
-    """Training steps between validation passes (mean loss on validation_data). Unset: one, at the end."""
+    """Training steps between validation passes (mean loss on validation_data). Unset: one, at the
+    end.
+    """
     eval_timeout_in_s: PositiveFloat = 3600
     """Longest a collective operation may take, in seconds, before the run is given up."""
     initial_checkpoint_dir: str | None = None
     """Step folder whose model (not its optimizer, nor its position) a new run starts from."""
     gradient_accumulation: PositiveInt | None = None
-    """Batches that make one update: the reader yields one batch of their joint size, which is the same sum."""
+    """Batches that make one update: the reader yields one batch of their joint size, which is the
+    same sum.
+    """
     seed: NonNegativeInt = 1
     """Decides initial vectors, order of edges and negatives."""
 
@@ -70,7 +79,9 @@ class TableConfig(Config):
     pretrained: str | None = None
     """Vectors to start from: an .npy file of shape (num_embeddings, embedding_dim)."""
     vocab: str | None = None
-    """Parquet file with columns id, entity (what `prepare` writes): names for the exported vectors."""
+    """Parquet file with columns id, entity (what `prepare` writes): names for the exported
+    vectors.
+    """
 
 
 class TableDefaults(Config):
@@ -85,7 +96,9 @@ class EmbeddingsConfig(Config):
     """All tables."""
 
     defaults: TableDefaults | None = None
-    """Values for tables that leave them out: hyper-parameters apart from what is known of the data."""
+    """Values for tables that leave them out: hyper-parameters apart from what is known of the
+    data.
+    """
     tables: list[TableConfig] = Field(min_length=1)
 
     @validator(mode="before")
@@ -95,7 +108,9 @@ class EmbeddingsConfig(Config):
         if not isinstance(defaults, dict) or not isinstance(tree.get("tables"), list):
             return tree
         known = {key: value for key, value in defaults.items() if value is not None}
-        tables = [{**known, **table} if isinstance(table, dict) else table for table in tree["tables"]]
+        tables = [
+            {**known, **table} if isinstance(table, dict) else table for table in tree["tables"]
+        ]
         return {**tree, "tables": tables}
 
     @validator(mode="after")
@@ -189,9 +204,11 @@ class DataConfig(Config):
 
 
 class RetrievalConfig(Config):
-    """Ranks all right-hand entities for each left-hand one, those of its training edges left out."""
+    """Ranks all right-hand entities for each left-hand one, those of its training edges left
+    out.
+    """
 
-    k: list[PositiveInt] = [10, 20, 50]
+    k: list[PositiveInt] = Field(default=[10, 20, 50])
     """Cut-offs of Recall@K, NDCG@K and Hit@K."""
 
 
@@ -219,7 +236,9 @@ class TwhinConfig(Config):
     test_data: DataConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     planted: PlantedConfig | None = None
-    """A graph that is generated where its folder is missing, so that the program runs without data."""
+    """A graph that is generated where its folder is missing, so that the program runs without
+    data.
+    """
 
     @validator(mode="after")
     def _check(self) -> Self:

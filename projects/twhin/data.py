@@ -1,8 +1,9 @@
 """Edges → batches: reader, checks, and the layout in which the model scores them.
 
-`to_batch` is a pure function of (edges, step, rank, seed): the negatives of a step are drawn from a generator made of those numbers, so a
-run that is taken up again draws the same ones. A batch is a list of groups, the edges of one pair of tables, sorted by relation;
-a group's ids and those of its negatives are looked up in one go per table.
+`to_batch` is a pure function of (edges, step, rank, seed): the negatives of a step are drawn from a
+generator made of those numbers, so a run that is taken up again draws the same ones. A batch is a
+list of groups, the edges of one pair of tables, sorted by relation; a group's ids and those of its
+negatives are looked up in one go per table.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,9 @@ class Group:
         )
 
     def lookups(self) -> list[tuple[str, Tensor]]:
-        """(table, ids) of each set of vectors that the scores need: lhs, rhs, lhs and rhs negatives."""
+        """(table, ids) of each set of vectors that the scores need: lhs, rhs, lhs and rhs
+        negatives.
+        """
         return [
             (self.lhs_table, self.lhs),
             (self.rhs_table, self.rhs),
@@ -80,7 +83,9 @@ class EdgeBatch:
         return type(self)(tuple(group.to(device) for group in self.groups), self.num_edges_all)
 
     def ids(self, tables: Sequence[str]) -> dict[str, Tensor]:
-        """Table → ids of all groups' lookups, one behind the other; empty for a table that the batch does not touch."""
+        """Table → ids of all groups' lookups, one behind the other; empty for a table that the
+        batch does not touch.
+        """
         found: dict[str, list[Tensor]] = {table: [] for table in tables}
         for group in self.groups:
             for table, ids in group.lookups():
@@ -118,8 +123,9 @@ class EdgeLayout:
                 found = self.relations[int(relation[at])]
                 table = getattr(found, side)
                 raise DataError(
-                    f"{path}, row {first_row + at}: {side} {values[at]} of relation {found.name!r} is "
-                    f"out of range: table {table!r} has {limits[at]} rows (ids 0 to {limits[at] - 1}); "
+                    f"{path}, row {first_row + at}: {side} {values[at]} of relation {found.name!r} "
+                    f"is out of range: table {table!r} has {limits[at]} rows "
+                    f"(ids 0 to {limits[at] - 1}); "
                     "set its num_embeddings, or prepare the data again"
                 )
 
@@ -150,7 +156,9 @@ def read_batches(
     position: Position,
     first_step: int,
 ) -> Iterator[tuple[EdgeBatch, Position]]:
-    """Batches from `position`, each with the position behind it; the first is the batch of step `first_step`."""
+    """Batches from `position`, each with the position behind it; the first is the batch of step
+    `first_step`.
+    """
     for step, read in enumerate(reader.batches(position), start=first_step):
         generator = np.random.default_rng([seed, step, job.rank])
         yield to_batch(read.columns, layout, config, generator, read.num_rows_all), read.after
@@ -163,7 +171,9 @@ def to_batch(
     generator: np.random.Generator,
     num_edges_all: int,
 ) -> EdgeBatch:
-    """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with uniform negatives for each side and chunk."""
+    """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with uniform negatives for each side
+    and chunk.
+    """
     relation = columns["rel"]
     order = np.lexsort((relation, layout.pair_of[relation]))
     lhs, relation, rhs = columns["lhs"][order], relation[order], columns["rhs"][order]
@@ -195,5 +205,6 @@ def _check_range(
     if bad.any():
         at = int(np.argmax(bad))
         raise DataError(
-            f"{path}, row {first_row + at}: {column} {values[at]} is out of range 0 to {limit - 1}; {remedy}"
+            f"{path}, row {first_row + at}: {column} {values[at]} is out of range "
+            f"0 to {limit - 1}; {remedy}"
         )

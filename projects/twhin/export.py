@@ -1,7 +1,9 @@
-"""Vectors out: a step folder → `Vectors` in memory, and `Vectors` → one parquet file a type of entity.
+"""Vectors out: a step folder → `Vectors` in memory, and `Vectors` → one parquet file a type of
+entity.
 
-Files: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the table has a vocabulary), vector (list of D
-float32), and `<folder>/relations.parquet` with columns id, relation, vector (θ_r).
+Files: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the table has a
+vocabulary), vector (list of D float32), and `<folder>/relations.parquet` with columns id, relation,
+vector (θ_r).
 
     python projects/twhin/export.py --run=RUN_FOLDER [--step=N] [--output=FOLDER]
 """
@@ -36,7 +38,9 @@ def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
 
 
 def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[Path]:
-    """Write the parquet files of all tables and relations into `folder`, which is replaced as a whole."""
+    """Write the parquet files of all tables and relations into `folder`, which is replaced as a
+    whole.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -57,7 +61,9 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
 def resolve_run(
     run: Path, step: int | None, overrides: Sequence[str] = ()
 ) -> tuple[Path, TwhinConfig]:
-    """The step folder (the newest complete one where `step` is None) of a run folder, and the config it was made with."""
+    """The step folder (the newest complete one where `step` is None) of a run folder, and the
+    config it was made with.
+    """
     if step is None:
         steps = checkpoint.complete_steps(run)
         if not steps:
@@ -98,7 +104,8 @@ def _read_vocabulary(table: TableConfig) -> list[str] | None:
         ) from error
     if vocabulary.num_rows != table.num_embeddings:
         raise DataError(
-            f"vocabulary {table.vocab} has {vocabulary.num_rows:,} entities, table {table.name!r} has "
+            f"vocabulary {table.vocab} has {vocabulary.num_rows:,} entities, "
+            f"table {table.name!r} has "
             f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
         )
     names = vocabulary.column("entity").cast(pa.string()).to_pylist()
@@ -107,7 +114,9 @@ def _read_vocabulary(table: TableConfig) -> list[str] | None:
 
 
 def _write(path: Path, rows: Tensor, name_column: str, names: list[str] | None) -> None:
-    """Rows (N, D) float32 with their numbers and, where known, names; in blocks, so that memory stays flat."""
+    """Rows (N, D) float32 with their numbers and, where known, names; in blocks, so that memory
+    stays flat.
+    """
     dim = rows.shape[1]
     fields = [pa.field("id", pa.int64()), pa.field("vector", pa.list_(pa.float32(), dim))]
     if names is not None:

@@ -1,8 +1,10 @@
-"""TwHIN: translated embeddings of a typed graph (arXiv 2202.05387), its training loss and its scores.
+"""TwHIN: translated embeddings of a typed graph (arXiv 2202.05387), its training loss and its
+scores.
 
-Score of an edge: f(s, r, t) = (θ_s + θ_r)·θ_t. Corrupted tails are scored (θ_s + θ_r)·θ_t′, corrupted heads (θ_s′ + θ_r)·θ_t =
-θ_s′·θ_t + θ_r·θ_t: in both, a row of queries times candidates plus a number a row, so the edges of a chunk and its shared negatives
-make one matrix product (PyTorch-BigGraph, arXiv 1903.12287, section 4.3).
+Score of an edge: f(s, r, t) = (θ_s + θ_r)·θ_t. Corrupted tails are scored (θ_s + θ_r)·θ_t′,
+corrupted heads (θ_s′ + θ_r)·θ_t = θ_s′·θ_t + θ_r·θ_t: in both, a row of queries times candidates
+plus a number a row, so the edges of a chunk and its shared negatives make one matrix product
+(PyTorch-BigGraph, arXiv 1903.12287, section 4.3).
 """
 
 from collections.abc import Iterator
@@ -34,7 +36,9 @@ def table_specs(config: ModelConfig) -> list[TableSpec]:
 
 
 class TwhinModel(nn.Module):
-    """Tables (owned by their engine) and relation vectors θ_r (R, D), which start at 0 and learn."""
+    """Tables (owned by their engine) and relation vectors θ_r (R, D), which start at 0 and
+    learn.
+    """
 
     def __init__(self, config: ModelConfig, tables: Tables, *, amp: bool = False) -> None:
         super().__init__()
@@ -48,14 +52,16 @@ class TwhinModel(nn.Module):
         self._amp = amp
 
     def forward(self, batch: EdgeBatch, data: DataConfig) -> Tensor:
-        """Sum of the losses of this process's edges → scalar. `data` gives the numbers of negatives and the chunk size."""
+        """Sum of the losses of this process's edges → scalar. `data` gives the numbers of negatives
+        and the chunk size.
+        """
         names = [spec.name for spec in self.tables.specs]
         device = self.translations.device
         ids = {name: ids.to(device) for name, ids in batch.ids(names).items()}
         rows = self.tables(ids)
-        # Every table takes part in the backward pass of every process, also where its batch has no edge of it: the
-        # engine's collectives wait for all. The sum of no rows costs nothing.
-        total = self.translations.sum() * 0.0
+        # Every table takes part in the backward pass of every process, also where its batch has no
+        # edge of it: the engine's collectives wait for all. The sum of no rows costs nothing.
+        total: Tensor = self.translations.sum() * 0.0
         total = total + sum(part.sum() for part in rows.values() if not len(part))
         sections = self._sections(batch, rows)
         for group in batch.groups:
@@ -67,13 +73,16 @@ class TwhinModel(nn.Module):
 
     def _relation_vectors(self, group: Group) -> Tensor:
         """θ_r of each edge (n, D), zero for the relations without translation."""
-        # Not translations[relation]: the backward pass of indexing adds in an order that changes from run to run.
+        # Not translations[relation]: the backward pass of indexing adds in an order that changes
+        # from run to run.
         vectors = F.embedding(group.relation, self.translations)
         keep = self.get_buffer("translated")[group.relation]
         return vectors * keep.unsqueeze(1)
 
     def _sections(self, batch: EdgeBatch, rows: dict[str, Tensor]) -> dict[str, Iterator[Tensor]]:
-        """Table → its rows cut into the lookups of the batch, in their order. One split: its backward is one copy."""
+        """Table → its rows cut into the lookups of the batch, in their order. One split: its
+        backward is one copy.
+        """
         lengths: dict[str, list[int]] = {table: [] for table in rows}
         for group in batch.groups:
             for table, ids in group.lookups():
@@ -148,7 +157,9 @@ def _beside(parts: list[SideScores]) -> SideScores:
 def _global_scores(
     queries: Tensor, candidates: Tensor, true_ids: Tensor, candidate_ids: Tensor, chunk_size: int
 ) -> SideScores:
-    """Queries (n, D) of a chunk against the chunk's K shared candidates (chunks·K, D); the true entity is masked."""
+    """Queries (n, D) of a chunk against the chunk's K shared candidates (chunks·K, D); the true
+    entity is masked.
+    """
     num_chunks, num_candidates = candidate_ids.shape
     shared = candidates.view(num_chunks, num_candidates, candidates.shape[1])
     scores = torch.bmm(_chunked(queries, chunk_size), shared.transpose(1, 2))
@@ -160,7 +171,9 @@ def _global_scores(
 def _in_batch_scores(
     queries: Tensor, candidates: Tensor, masked: Tensor, chunk_size: int
 ) -> SideScores:
-    """Queries (n, D) against the corrupted side (n, D) of the other edges of their chunk; masked (chunks, C, C)."""
+    """Queries (n, D) against the corrupted side (n, D) of the other edges of their chunk; masked
+    (chunks, C, C).
+    """
     scores = torch.bmm(
         _chunked(queries, chunk_size), _chunked(candidates, chunk_size).transpose(1, 2)
     )
@@ -169,17 +182,20 @@ def _in_batch_scores(
 
 
 def in_batch_mask(group: Group, chunk_size: int) -> Tensor:
-    """(chunks, C, C): [i, j] is true where the tail of edge j is no negative for the head of edge i.
+    """(chunks, C, C): [i, j] is true where the tail of edge j is no negative for the head of edge
+    i.
 
-    That is where their relations differ, or where the chunk holds the edge (head of i, relation, tail of j), itself included.
-    Transposed it is the mask of heads: [i, j] true where the head of j is no negative for the tail of i.
+    That is where their relations differ, or where the chunk holds the edge (head of i, relation,
+    tail of j), itself included. Transposed it is the mask of heads: [i, j] true where the head of j
+    is no negative for the tail of i.
     """
     relation, lhs, rhs = (
         _chunked(ids, chunk_size, padding=-1) for ids in (group.relation, group.lhs, group.rhs)
     )
     same_relation = _equal(relation)
     same_lhs, same_rhs = same_relation & _equal(lhs), same_relation & _equal(rhs)
-    # Some edge k has the head of i and the tail of j: a product of 0/1 matrices, counts stay exact in float32.
+    # Some edge k has the head of i and the tail of j: a product of 0/1 matrices, counts stay exact
+    # in float32.
     known = torch.bmm(same_lhs.float(), same_rhs.float()) > 0
     return ~same_relation | known
 
@@ -198,7 +214,9 @@ def _chunked(values: Tensor, size: int, padding: int = 0) -> Tensor:
 
 
 def group_loss(scores: GroupScores, config: LossConfig) -> Tensor:
-    """Sum over the edges of a group. Logistic: one positive term and the negatives of both sides. Softmax: one term a side."""
+    """Sum over the edges of a group. Logistic: one positive term and the negatives of both sides.
+    Softmax: one term a side.
+    """
     if config.softmax is not None:
         temperature = config.softmax.temperature
         return losses.sampled_softmax(
@@ -224,9 +242,11 @@ class Vectors:
         self.relations = relations
 
     def score(self, relation: int, side: str, entities: Tensor) -> Tensor:
-        """Scores of all candidates of one side: "rhs" ranks tails of the heads `entities` (n,), "lhs" heads of the tails.
+        """Scores of all candidates of one side: "rhs" ranks tails of the heads `entities` (n,),
+        "lhs" heads of the tails.
 
-        → (n, rows of that side's table) float32. For heads, θ_r·θ_t is left out: it is the same for all candidates.
+        → (n, rows of that side's table) float32. For heads, θ_r·θ_t is left out: it is the same for
+        all candidates.
         """
         known = self.relations[relation]
         if side == "lhs":

@@ -3,8 +3,9 @@
     torchrun --standalone --nnodes 1 --nproc_per_node 1 projects/twhin/run.py \
         --config_yaml_path=projects/twhin/config/local.yaml --save_dir=$HOME/tmp/runs/twhin
 
-The run folder (save_dir) gets config.yaml (resolved), metrics.jsonl (one record an interval), a step folder a checkpoint, metrics.json
-and vectors/. Started again with the same command, a run goes on from its last complete step folder.
+The run folder (save_dir) gets config.yaml (resolved), metrics.jsonl (one record an interval), a
+step folder a checkpoint, metrics.json and vectors/. Started again with the same command, a run goes
+on from its last complete step folder.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 
@@ -59,9 +61,11 @@ def run(
     repeat: bool = False,
     evaluates: bool = True,
 ) -> int | None:
-    """Train, evaluate and export in this process, one of the job's; returns None, or the number of the signal that stopped it.
+    """Train, evaluate and export in this process, one of the job's; returns None, or the number of
+    the signal that stopped it.
 
-    overwrite: what an earlier run left in save_dir is removed first. repeat: a finished run there is moved aside.
+    overwrite: what an earlier run left in save_dir is removed first. repeat: a finished run there
+    is moved aside.
     """
     with distributed.join(config.training.eval_timeout_in_s) as job:
         logs.set_up(job.rank)
@@ -96,7 +100,8 @@ def run(
         if config.model.translation_optimizer.kind == "adagrad":
             state["translation_accumulator"] = optimizer.state[model.translations]["sum"]
 
-        # Resuming is the normal path: a run starts from its last complete step folder where there is one.
+        # Resuming is the normal path: a run starts from its last complete step folder where there
+        # is one.
         progress = Progress()
         if steps := checkpoint.complete_steps(save_dir):
             folder = save_dir / str(steps[-1])
@@ -154,7 +159,10 @@ def run(
         with prefetch(batches) as ahead:
             stopped_by = loop.run(ahead, progress)
         if stopped_by is not None:
-            log.say(f"stopped by signal {stopped_by} after step {progress.step:,}; saved, start again to go on")
+            log.say(
+                f"stopped by signal {stopped_by} after step {progress.step:,}; saved, "
+                "start again to go on"
+            )
             return stopped_by
 
         # What was learned, read back from the last step folder: what is measured is what was saved.
@@ -179,9 +187,19 @@ def run(
 def _validate(
     config: TwhinConfig, data: DataConfig, layout: EdgeLayout, job: Job, model: TwhinModel
 ) -> dict[str, float]:
-    """Mean loss of num_eval_steps batches of the validation data (all where unset); nothing is updated."""
+    """Mean loss of num_eval_steps batches of the validation data (all where unset); nothing is
+    updated.
+
+    Where the validation data names no negatives, they are those of the training data: without any,
+    the loss says nothing.
+    """
+    if not data.global_negatives and not data.in_batch_negatives:
+        names = ("global_negatives", "in_batch_negatives", "chunk_size")
+        data = data.model_copy(update={name: getattr(config.train_data, name) for name in names})
     reader = build_reader(data, layout, job, config.training.seed, 1, 1)
-    batches = read_batches(reader, layout, data, job, config.training.seed, Position(), VALIDATION_STEP)
+    batches = read_batches(
+        reader, layout, data, job, config.training.seed, Position(), VALIDATION_STEP
+    )
     sums = torch.zeros(1, dtype=torch.float64)
     num_edges = 0
     for number, (batch, _) in enumerate(batches):
@@ -303,20 +321,37 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _seconds_since_start() -> float:
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
+    return time.time() - float(psutil.Process().create_time())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for what the caller can mend, 128 + n when signal n stopped it."""
+    """The command line; returns the exit code: 0, 2 for what the caller can mend, 128 + n when
+    signal n stopped it.
+    """
     parser = argparse.ArgumentParser(description="Train TwHIN.")
     parser.add_argument("--config_yaml_path", required=True, help="YAML of TwhinConfig's shape")
     parser.add_argument("--save_dir", type=Path, help="run folder; default: training.save_dir")
-    parser.add_argument("--graph", type=Path, help="folder that prepare.py wrote; its graph.yaml is laid under the config")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="change one setting; repeatable")  # fmt: skip
-    parser.add_argument("--overwrite_save_dir", action="store_true", help="remove an earlier run first")
-    parser.add_argument("--repeat", action="store_true", help="if the run in save_dir is finished, move it aside and train anew")
+    parser.add_argument(
+        "--graph",
+        type=Path,
+        help="folder that prepare.py wrote; its graph.yaml is laid under the config",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="change one setting; repeatable",
+    )
+    parser.add_argument(
+        "--overwrite_save_dir", action="store_true", help="remove an earlier run first"
+    )
+    parser.add_argument(
+        "--repeat",
+        action="store_true",
+        help="if the run in save_dir is finished, move it aside and train anew",
+    )
     parser.add_argument("--no_evaluation", action="store_true", help="train and export only")
     arguments = parser.parse_args(argv)
     try:
@@ -337,14 +372,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail(f"no space left on device: {error.filename or save_dir}; make room and start the same command again")
+        what = f"{error.strerror}: {error.filename or arguments.save_dir}"
+        if error.errno == errno.ENOSPC:
+            what += "; make room and start the same command again"
+        return _fail(what)
     return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _fail(message: str) -> int:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False, style="red")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"error: {message}", markup=False, style="red"
+    )
     return 2
 
 

@@ -1,4 +1,6 @@
-"""Several processes: TorchRec's sharded tables make the updates that the formulas say, also with a process without edges."""
+"""Several processes: TorchRec's sharded tables make the updates that the formulas say, also with a
+process without edges.
+"""
 
 import subprocess
 import sys
@@ -42,7 +44,9 @@ class DenseTables(Tables):
 
 
 def reference(optimizer: str, world_size: int) -> dict[str, Tensor]:
-    """Two steps on all processes' batches together, by the formulas of SGD, Adagrad and row-wise Adagrad."""
+    """Two steps on all processes' batches together, by the formulas of SGD, Adagrad and row-wise
+    Adagrad.
+    """
     config = twhin_step.model_config(optimizer)
     tables = DenseTables(table_specs(config))
     model = TwhinModel(config, tables)
@@ -52,7 +56,9 @@ def reference(optimizer: str, world_size: int) -> dict[str, Tensor]:
     for _ in range(2):
         model.zero_grad()
         batches = [twhin_step.make_batch(config, rank, total) for rank in range(world_size)]
-        torch.stack([model(batch, twhin_step.DATA) for batch in batches]).sum().div(total).backward()
+        torch.stack([model(batch, twhin_step.DATA) for batch in batches]).sum().div(
+            total
+        ).backward()
         for spec in tables.specs:
             weight, lr = tables.weights[spec.name], spec.optimizer.settings.lr
             gradient = weight.grad
@@ -91,12 +97,18 @@ def run_step(folder: Path, optimizer: str, world_size: int) -> dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tmp_path_factory.mktemp("steps")
+    return tmp_path_factory.mktemp("steps")
 
 
 @pytest.mark.parametrize(
     ("optimizer", "world_size"),
-    [("rowwise_adagrad", 1), ("rowwise_adagrad", 2), ("rowwise_adagrad", 3), ("sgd", 2), ("adagrad", 2)],
+    [
+        ("rowwise_adagrad", 1),
+        ("rowwise_adagrad", 2),
+        ("rowwise_adagrad", 3),
+        ("sgd", 2),
+        ("adagrad", 2),
+    ],
 )
 def test_processes_together_make_the_update_of_the_formulas(
     folder: Path, optimizer: str, world_size: int
@@ -106,4 +118,6 @@ def test_processes_together_make_the_update_of_the_formulas(
     assert sorted(found) == sorted(expected)
     for name, tensor in found.items():
         wanted = expected[name].reshape(tensor.shape)
-        torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -1,4 +1,6 @@
-"""The whole of run.py on a small real run: resuming after kill -9 and SIGTERM, a full disk, bad input, what is left behind."""
+"""The whole of run.py on a small real run: resuming after kill -9 and SIGTERM, a full disk, bad
+input, what is left behind.
+"""
 
 import json
 import os
@@ -64,7 +66,7 @@ def config_tree(graph: Path, **training: Any) -> dict[str, Any]:
             "in_batch_negatives": 9,
             "shuffle_rows": 2000,
         },
-        "validation_data": {"data_root": f"{graph}/valid/*.parquet", "global_negatives": 20},
+        "validation_data": {"data_root": f"{graph}/valid/*.parquet"},
         "test_data": {"data_root": f"{graph}/test/*.parquet"},
     }
 
@@ -126,13 +128,16 @@ def test_a_run_folder_explains_itself(unbroken: Path, config: Path) -> None:
     names = {path.name for path in unbroken.iterdir()} - {"10", "20", "30", "40", "50", "60"}
     assert names == {"metrics.jsonl", "metrics.json", "config.yaml", "vectors"}
     meta = checkpoint.load_meta(unbroken / "30")
-    assert meta["step"] == 30 and meta["world_size"] == 1
+    assert meta["step"] == 30
+    assert meta["world_size"] == 1
     assert meta["data_position"] == {"epoch": 1, "remaining": None}
     assert {"torch", "python"} <= meta["versions"].keys()
     records = read_records(unbroken / "metrics.jsonl")
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps == list(range(4, 61, 4))
-    assert [r["step"] for r in records if r["kind"] == "validation"] == [20, 40, 60]
+    validation = [r for r in records if r["kind"] == "validation"]
+    assert [r["step"] for r in validation] == [20, 40, 60]
+    assert all(r["loss"] > 1 for r in validation), "with the negatives of the training data"
     assert records[-1]["kind"] == "metrics"
 
 
@@ -267,7 +272,10 @@ def test_accumulated_batches_equal_the_larger_batch(config: Path, tmp_path: Path
     runs = []
     for name, size, count in (("one", 200, 1), ("two", 100, 2), ("four", 50, 4)):
         extra = [f"--set=train_data.per_replica_batch_size={size}", "--no_evaluation"]
-        extra += [f"--set=training.gradient_accumulation={count}", "--set=training.num_train_steps=8"]
+        extra += [
+            f"--set=training.gradient_accumulation={count}",
+            "--set=training.num_train_steps=8",
+        ]
         extra += ["--set=training.eval_log_every_n=100"]
         assert train(config, tmp_path / name, *extra).returncode == 0
         runs.append(losses(tmp_path / name))
@@ -307,7 +315,8 @@ def test_a_full_disk_during_a_checkpoint_is_one_clear_error_and_the_last_one_sta
     done = train(config, save_dir)
     assert_one_error(done, "no space left on device", "the last complete checkpoint is")
     steps = checkpoint.complete_steps(save_dir)
-    assert steps and steps[-1] < STEPS
+    assert steps
+    assert steps[-1] < STEPS
     assert {p.name for p in save_dir.iterdir() if p.name.isdigit()} == {str(s) for s in steps}
     # Room is made: the same command goes on, and ends like an unbroken run.
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)

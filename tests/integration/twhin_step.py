@@ -1,6 +1,7 @@
-"""Run by torchrun from test_twhin_ranks.py: one step of TwHIN on this job's processes; the chief saves what came out.
+"""Run by torchrun from test_twhin_ranks.py: one step of TwHIN on this job's processes; the chief
+saves what came out.
 
-    torchrun … twhin_step.py OUTPUT.pt OPTIMIZER
+torchrun … twhin_step.py OUTPUT.pt OPTIMIZER
 """
 
 import sys
@@ -20,9 +21,16 @@ EDGES = (23, 0, 17)
 
 
 def model_config(optimizer: str) -> ModelConfig:
-    """Three tables; the third has fewer rows than there are blocks to cut, the relations join two pairs."""
+    """Three tables; the third has fewer rows than there are blocks to cut, the relations join two
+    pairs.
+    """
     tables = [
-        {"name": name, "num_embeddings": rows, "embedding_dim": 8, "optimizer": {optimizer: {"lr": lr}}}
+        {
+            "name": name,
+            "num_embeddings": rows,
+            "embedding_dim": 8,
+            "optimizer": {optimizer: {"lr": lr}},
+        }
         for name, rows, lr in (("user", 31, 0.5), ("tweet", 20, 0.25), ("author", 3, 1.0))
     ]
     relations = [
@@ -35,11 +43,17 @@ def model_config(optimizer: str) -> ModelConfig:
 
 
 def make_batch(config: ModelConfig, rank: int, num_edges_all: int) -> EdgeBatch:
-    """The batch of process `rank`; process 1 has none of relation 1, and where there are three, no edge at all."""
+    """The batch of process `rank`; process 1 has none of relation 1, and where there are three, no
+    edge at all.
+    """
     generator = np.random.default_rng(rank)
     n = EDGES[rank]
     rel = generator.integers(2 if rank == 0 else 1, size=n)
-    columns = {"lhs": generator.integers(3, size=n), "rel": rel, "rhs": generator.integers(20, size=n)}
+    columns = {
+        "lhs": generator.integers(3, size=n),
+        "rel": rel,
+        "rhs": generator.integers(20, size=n),
+    }
     return to_batch(columns, EdgeLayout(config), DATA, generator, num_edges_all)
 
 
@@ -61,7 +75,11 @@ def main(output: str, optimizer: str) -> None:
             distributed.average_gradients([model.translations])
         gradient = model.translations.grad
         folder = checkpoint.save(
-            distributed_path(output), job.world_size, {**tables.state(), "t_gradient": gradient}, {}, ""
+            distributed_path(output),
+            job.world_size,
+            {**tables.state(), "t_gradient": gradient},
+            {},
+            "",
         )
         if job.is_chief:
             torch.save(checkpoint.load_whole(folder), output)

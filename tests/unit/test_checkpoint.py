@@ -12,7 +12,10 @@ from tml.checkpoint import CheckpointError
 
 
 def state(value: float = 0.0) -> dict[str, torch.Tensor]:
-    return {"tables.user.weight": torch.full((4, 2), value), "translations": torch.full((3, 2), -value)}
+    return {
+        "tables.user.weight": torch.full((4, 2), value),
+        "translations": torch.full((3, 2), -value),
+    }
 
 
 def test_what_is_saved_is_loaded_with_its_meta_and_config(tmp_path: Path) -> None:
@@ -31,7 +34,11 @@ def test_what_is_saved_is_loaded_with_its_meta_and_config(tmp_path: Path) -> Non
 
 def test_saved_names_are_a_promise(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, state(), {}, "")
-    assert {path.name for path in (tmp_path / "1").iterdir()} >= {"meta.json", "config.yaml", "COMPLETE"}
+    assert {path.name for path in (tmp_path / "1").iterdir()} >= {
+        "meta.json",
+        "config.yaml",
+        "COMPLETE",
+    }
     assert sorted(checkpoint.load_whole(tmp_path / "1")) == ["tables.user.weight", "translations"]
 
 
@@ -59,7 +66,8 @@ def test_complete_is_written_after_everything_else(
 
     monkeypatch.setattr(checkpoint, "_write_synced", note)
     checkpoint.save(tmp_path, 1, state(), {}, "")
-    assert written[-1] == "COMPLETE" and len(written) == 3
+    assert written[-1] == "COMPLETE"
+    assert len(written) == 3
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from pydantic import Field
 
 from tml.config import Config, ConfigError, apply_override, load_config, merge, parse_yaml, to_yaml
 
@@ -21,7 +22,7 @@ class Outer(Config):
     b: Inner | None = None
     c: int | None = None
     d: int | None = None
-    items: list[Inner] = []
+    items: list[Inner] = Field(default=[])
     rate: float = 1.0
 
 
@@ -63,7 +64,8 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(tmp_path: 
 
 
 def test_a_wrong_value_is_named_with_its_path(tmp_path: Path) -> None:
-    assert "a.size" in (message := refusal(tmp_path, "a: {size: many}")) and "'many'" in message
+    assert "a.size" in (message := refusal(tmp_path, "a: {size: many}"))
+    assert "'many'" in message
 
 
 def test_groups_are_enforced(tmp_path: Path) -> None:
@@ -78,7 +80,8 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 def test_an_unset_variable_is_named_with_its_key(tmp_path: Path) -> None:
     message = refusal(tmp_path, "a: {size: 1, note: '${TML_TEST_ABSENT}/x'}")
-    assert "a.note" in message and "TML_TEST_ABSENT" in message
+    assert "a.note" in message
+    assert "TML_TEST_ABSENT" in message
 
 
 def test_a_missing_file_and_broken_yaml_are_one_clear_error(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def test_a_step_against_the_gradient_raises_positives_and_lowers_negatives() -> 
         positive = POSITIVE.clone().requires_grad_()
         negative = NEGATIVE.clone().requires_grad_()
         loss(positive, negative, ONE_MASKED).backward()
-        assert positive.grad is not None and negative.grad is not None
+        assert positive.grad is not None
+        assert negative.grad is not None
         assert (positive.grad < 0).all()
         assert (negative.grad[~ONE_MASKED] > 0).all()
         assert negative.grad[0, 1] == 0
@@ -65,7 +66,8 @@ def test_huge_scores_stay_finite() -> None:
         value = loss(positive, huge.flip(0).unsqueeze(1), NONE_MASKED[:, :1])
         value.backward()
         assert torch.isfinite(value)
-        assert positive.grad is not None and torch.isfinite(positive.grad).all()
+        assert positive.grad is not None
+        assert torch.isfinite(positive.grad).all()
 
 
 def test_no_examples_is_zero() -> None:

@@ -1,9 +1,10 @@
-"""The reader: every row once an epoch over all processes, whatever the row groups, and positions that can be taken up."""
+"""The reader: every row once an epoch over all processes, whatever the row groups, and positions
+that can be taken up.
+"""
 
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,7 +134,8 @@ def test_a_position_continues_exactly(tmp_path: Path, world: int, steps: int) ->
         assert source.steps_from(position) == len(rest) == len(whole) - steps
         for batch, again in zip(whole[steps:], rest, strict=True):
             assert batch.columns["x"].tolist() == again.columns["x"].tolist()
-            assert batch.after == again.after and batch.num_rows_all == again.num_rows_all
+            assert batch.after == again.after
+            assert batch.num_rows_all == again.num_rows_all
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])

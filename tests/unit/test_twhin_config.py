@@ -43,7 +43,8 @@ def test_yaml_of_the_published_shape_loads_unchanged() -> None:
     ]
     assert [r.name for r in config.model.relations] == ["fav", "reply", "retweet", "magic_recs"]
     assert config.train_data.limit == 9990
-    assert config.validation_data is not None and config.validation_data.offset == 9990
+    assert config.validation_data is not None
+    assert config.validation_data.offset == 9990
     assert config.model.loss.logistic is not None
 
 
@@ -66,7 +67,8 @@ def test_a_relation_naming_an_unknown_table_is_refused_with_those_there() -> Non
     tree = minimal()
     tree["model"]["relations"][0]["rhs"] = "twet"
     message = refusal(tree)
-    assert "relations.0.rhs" in message and "'twet'; there are user, tweet" in message
+    assert "relations.0.rhs" in message
+    assert "'twet'; there are user, tweet" in message
 
 
 @pytest.mark.parametrize(("field", "value"), [("embedding_dim", 8), ("data_type", "fp16")])

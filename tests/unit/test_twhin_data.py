@@ -81,15 +81,18 @@ def test_lookups_name_every_table_also_those_without_ids() -> None:
         "author": 0,
     }
     empty = batch(columns())
-    assert empty.groups == () and all(not len(x) for x in empty.ids(["user", "tweet"]).values())
+    assert empty.groups == ()
+    assert all(not len(x) for x in empty.ids(["user", "tweet"]).values())
 
 
 def test_ids_out_of_range_are_refused_with_file_row_relation_and_remedy() -> None:
     good = (39, 0, 6)
     LAYOUT.check(columns(good, good), "f.parquet", 0)
-    with pytest.raises(DataError, match=r"f\.parquet, row 101: rhs 7 of relation 'fav'.*'tweet' has 7"):
+    with pytest.raises(
+        DataError, match=r"f\.parquet, row 101: rhs 7 of relation 'fav'.*'tweet' has 7"
+    ):
         LAYOUT.check(columns(good, (0, 0, 7)), "f.parquet", 100)
-    with pytest.raises(DataError, match="lhs 3 of relation 'wrote'.*'author' has 3 rows"):
+    with pytest.raises(DataError, match=r"lhs 3 of relation 'wrote'.*'author' has 3 rows"):
         LAYOUT.check(columns((3, 1, 0)), "f.parquet", 0)
     with pytest.raises(DataError, match="lhs -1"):
         LAYOUT.check(columns((-1, 0, 0)), "f.parquet", 0)

@@ -1,4 +1,6 @@
-"""TwHIN's loss and update against a reference that goes edge by edge, and against each published fault."""
+"""TwHIN's loss and update against a reference that goes edge by edge, and against each published
+fault.
+"""
 
 from typing import Any
 
@@ -75,7 +77,9 @@ def reference_loss(
     w: dict[str, Tensor],
     translations: Tensor,
 ) -> Tensor:
-    """The loss edge by edge from the papers' formulas: no chunks, no matrix products, no broadcasting."""
+    """The loss edge by edge from the papers' formulas: no chunks, no matrix products, no
+    broadcasting.
+    """
     total = torch.zeros(())
     for group in batch.groups:
         left, right = w[group.lhs_table], w[group.rhs_table]
@@ -134,7 +138,8 @@ def test_loss_and_sgd_update_equal_the_reference(
     found.backward()
 
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert theta.grad is not None and model.translations.grad is not None
+    assert theta.grad is not None
+    assert model.translations.grad is not None
     torch.testing.assert_close(model.translations.grad, theta.grad, rtol=1e-4, atol=1e-5)
     for spec in tables.specs:
         w = before[spec.name]
@@ -157,7 +162,9 @@ def test_rowwise_adagrad_update_by_hand() -> None:
         assert w.grad is not None
         accumulator = w.grad.pow(2).mean(dim=1, keepdim=True)  # one number a row
         step = spec.optimizer.settings.lr * w.grad / (accumulator.sqrt() + 1e-8)
-        torch.testing.assert_close(weights(tables)[spec.name], (w - step).detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            weights(tables)[spec.name], (w - step).detach(), rtol=1e-3, atol=1e-4
+        )
         saved = tables.state()[f"tables.{spec.name}.accumulator"]
         torch.testing.assert_close(saved.flatten(), accumulator.flatten(), rtol=1e-3, atol=1e-6)
 
@@ -225,7 +232,8 @@ def test_accidental_hits_are_no_negatives() -> None:
 
 
 def test_true_pairs_of_the_batch_are_no_in_batch_negatives() -> None:
-    # Of the pairs of heads 1, 5 and tails 2, 3 only (5, 3) is not an edge: head 5 is a negative for (1, 3), tail 3
+    # Of the pairs of heads 1, 5 and tails 2, 3 only (5, 3) is not an edge: head 5 is a negative for
+    # (1, 3), tail 3
     # for (5, 2), and that is all.
     config = model_config()
     model, tables = build(config)
@@ -327,3 +335,10 @@ def test_half_precision_tables_hold_halves_and_learn() -> None:
 def test_adam_on_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="'user': adam"):
         build(model_config(optimizer="adam"))
+
+
+def test_weight_decay_on_a_table_is_refused_rather_than_ignored() -> None:
+    tree = model_config().model_dump()
+    tree["embeddings"]["tables"][0]["optimizer"] = {"sgd": {"lr": 0.1, "weight_decay": 0.5}}
+    with pytest.raises(ValueError, match=r"'user': weight_decay 0\.5 would be ignored"):
+        build(ModelConfig.model_validate(tree))

@@ -1,12 +1,15 @@
-"""Parquet → arrays of integers: all of it (`read_columns`) or shuffled batches in bounded memory (`ShuffledReader`).
+"""Parquet → arrays of integers: all of it (`read_columns`) or shuffled batches in bounded memory
+(`ShuffledReader`).
 
-Order of an epoch. The rows [offset, offset + limit) of the files, in order of their names, lie in row groups. The row groups
-are put in random order and gathered into windows of about `window_rows` rows; the rows of a window are put in random
-order. The result is one global order that depends on (seed, epoch) alone, not on the number of processes. Each process takes one
-stretch of it, the stretches differ by at most one row, so every row is read once in an epoch, and a process
-reads little more than its own share of the files.
+Order of an epoch. The rows [offset, offset + limit) of the files, in order of their names, lie in
+row groups. The row groups are put in random order and gathered into windows of about `window_rows`
+rows; the rows of a window are put in random order. The result is one global order that depends on
+(seed, epoch) alone, not on the number of processes. Each process takes one stretch of it, the
+stretches differ by at most one row, so every row is read once in an epoch, and a process reads
+little more than its own share of the files.
 
-A position is the list of stretches that no process has read yet. It can be taken up by any number of processes.
+A position is the list of stretches that no process has read yet. It can be taken up by any number
+of processes.
 """
 
 import glob
@@ -23,7 +26,9 @@ from numpy.typing import NDArray
 Columns = dict[str, NDArray[np.int64]]
 Interval = tuple[int, int]
 Check = Callable[[Columns, str, int], None]
-"""Called with columns, the file they are from and the number of their first row there; raises DataError."""
+"""Called with columns, the file they are from and the number of their first row there; raises
+DataError.
+"""
 
 
 class DataError(ValueError):
@@ -43,7 +48,9 @@ class Piece:
 
 
 class ParquetRows:
-    """The rows [offset, offset + limit) of the files that match `pattern`, as pieces of row groups."""
+    """The rows [offset, offset + limit) of the files that match `pattern`, as pieces of row
+    groups.
+    """
 
     def __init__(
         self, pattern: str, columns: Sequence[str], offset: int = 0, limit: int | None = None
@@ -86,7 +93,8 @@ class ParquetRows:
                 )
             if not pa.types.is_integer(schema.field(column).type):
                 raise DataError(
-                    f"{path}: column {column!r} must hold integers, not {schema.field(column).type}; "
+                    f"{path}: column {column!r} must hold integers, "
+                    f"not {schema.field(column).type}; "
                     "names are turned into ids by projects/twhin/prepare.py"
                 )
         return file.metadata
@@ -117,14 +125,18 @@ def read_columns(
     limit: int | None = None,
     check: Check | None = None,
 ) -> Columns:
-    """All rows of the files that match `pattern`, in order: column name → int64 array (rows,). Raises DataError."""
+    """All rows of the files that match `pattern`, in order: column name → int64 array (rows,).
+    Raises DataError.
+    """
     rows = ParquetRows(pattern, columns, offset, limit)
     return _read_pieces(rows, rows.pieces, check)
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a job has read: the epoch, and the stretches of its order that are not read yet (None: all)."""
+    """How far a job has read: the epoch, and the stretches of its order that are not read yet
+    (None: all).
+    """
 
     epoch: int = 0
     remaining: tuple[Interval, ...] | None = None
@@ -148,7 +160,9 @@ class ReadBatch:
     """Rows of one step of one process."""
 
     columns: Columns
-    """(n,) each; n is batch_size but for the last batch of an epoch, where it may be less, even 0."""
+    """(n,) each; n is batch_size but for the last batch of an epoch, where it may be less, even
+    0.
+    """
     num_rows_all: int
     """Rows of this step over all processes."""
     after: Position
@@ -218,7 +232,8 @@ class ShuffledReader:
         if position.remaining and position.remaining[-1][1] > self.rows.num_rows:
             raise DataError(
                 f"the checkpoint's data position reaches to row {position.remaining[-1][1]:,} but "
-                f"{self.rows.pattern} has {self.rows.num_rows:,} rows (offset and limit applied): the data "
+                f"{self.rows.pattern} has {self.rows.num_rows:,} rows (offset and limit "
+                f"applied): the data "
                 "has changed; start a new run, or bring back the data"
             )
         return position.remaining
@@ -277,7 +292,9 @@ class ShuffledReader:
 
 
 def split_evenly(intervals: Sequence[Interval], parts: int) -> list[tuple[Interval, ...]]:
-    """Cut `intervals`, joined end to end, into `parts` stretches whose lengths differ by at most 1, longer ones first."""
+    """Cut `intervals`, joined end to end, into `parts` stretches whose lengths differ by at most 1,
+    longer ones first.
+    """
     total = _length(intervals)
     rest = tuple(intervals)
     stretches = []
@@ -338,6 +355,7 @@ def _broken(path: str, error: Exception) -> DataError:
     size = Path(path).stat().st_size if Path(path).exists() else 0
     reason = " ".join(str(error).split())
     return DataError(
-        f"{path} ({size:,} bytes) is not a complete parquet file, it may be cut short; make it again. "
+        f"{path} ({size:,} bytes) is not a complete parquet file, "
+        f"it may be cut short; make it again. "
         f"Parquet says: {reason}"
     )

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Iterate over `items`, up to `depth` made ahead in one thread; order is kept, and errors surface where used.
+    """Iterate over `items`, up to `depth` made ahead in one thread; order is kept, and errors
+    surface where used.
 
     The thread ends with the `with` block, also when the consumer stops early.
     """
@@ -33,7 +34,7 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
                 if not put(item, None):
                     return
             put(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001  it is raised again in the consumer
+        except BaseException as error:
             put(None, error)
 
     def consume() -> Iterator[T]:

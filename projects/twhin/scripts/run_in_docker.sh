@@ -1,7 +1,23 @@
 #!/usr/bin/env bash
-# Inside the container: train TwHIN. What follows the command is passed on, and wins over what is given here.
+# Inside the container (scripts/run.sh calls it in the virtual environment too): train TwHIN, or do what the first word says.
+#
+#   run_in_docker.sh                                   the embedded default; a finished run is kept and trained anew
+#   run_in_docker.sh [FLAGS of projects/twhin/run.py]  flags given here win over those below
+#   run_in_docker.sh prepare|evaluate|export [FLAGS]   that program of projects/twhin
+#
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
+base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd -P)
+case "${1:-}" in
+  prepare | evaluate | export)
+    program=$1
+    shift
+    exec python "$base/projects/twhin/$program.py" "$@"
+    ;;
+esac
+(($#)) || set -- --repeat
+# Threads that wait busily slow each other down by ten times where the processors are shared.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec torchrun --standalone --nnodes 1 --nproc_per_node "${PET_NPROC_PER_NODE:-1}" \
-  /usr/src/app/tml/projects/twhin/run.py \
-  --config_yaml_path=/usr/src/app/tml/projects/twhin/config/local.yaml \
-  --save_dir=/root/tmp/runs/twhin "$@"
+  "$base/projects/twhin/run.py" \
+  --config_yaml_path="$base/projects/twhin/config/local.yaml" \
+  --save_dir="$HOME/tmp/runs/twhin" "$@"
