@@ -20,10 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tml import distributed
 
@@ -32,8 +28,6 @@ logger = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 META = "meta.json"
 CONFIG = "config.yaml"
-
-FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 State = dict[str, Any]
 
@@ -114,13 +108,9 @@ def load(folder: Path, state: State) -> None:
     Raises CheckpointError where a name is missing or a shape differs.
     """
     _check_shapes(folder, state)
-    try:
-        with _quiet():
-            state_dict_loader.load(
-                state, checkpoint_id=str(folder), no_dist=not dist.is_initialized()
-            )
-    except FAILURES as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
+    alone = not dist.is_initialized()
+    with _torch_checkpoint(f"checkpoint {folder} cannot be read") as dcp:
+        dcp.state_dict_loader.load(state, checkpoint_id=str(folder), no_dist=alone)
 
 
 def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -131,24 +121,29 @@ def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _read_metadata(folder).items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix) and hasattr(entry, "properties")
     }
-    try:
-        with _quiet():
-            state_dict_loader.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
-    except FAILURES as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
+    with _torch_checkpoint(f"checkpoint {folder} cannot be read") as dcp:
+        dcp.state_dict_loader.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
     return wanted
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process saves as a single process, and that
-    ShardedTensor grows old.
+def _torch_checkpoint(what: str) -> Iterator[Any]:
+    """torch.distributed.checkpoint, whose failures become CheckpointErrors that begin with `what`.
+
+    Imported here: it takes most of a second, which the first step need not wait for.
     """
     with warnings.catch_warnings():
+        # A single process saves as a single process, and ShardedTensor is what TorchRec has.
         warnings.simplefilter("ignore")
-        yield
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            yield dcp
+        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+            raise CheckpointError(f"{what}: {_cause(error)}") from error
 
 
 def _begin(folder: Path) -> None:
@@ -169,13 +164,8 @@ def _write_tensors(folder: Path, state: State) -> None:
             f"checkpoint {folder} could not be written: no space left on device "
             f"({needed / 2**20:,.1f} MiB needed by this process, {free / 2**20:,.1f} MiB free)"
         )
-    try:
-        with _quiet():
-            state_dict_saver.save(state, checkpoint_id=str(folder), no_dist=alone)
-    except FAILURES as error:
-        raise CheckpointError(
-            f"checkpoint {folder} could not be written: {_cause(error)}"
-        ) from error
+    with _torch_checkpoint(f"checkpoint {folder} could not be written") as dcp:
+        dcp.state_dict_saver.save(state, checkpoint_id=str(folder), no_dist=alone)
 
 
 def _write_texts(folder: Path, meta: State, config: str) -> None:
@@ -232,10 +222,8 @@ def _step_folders(save_dir: Path) -> list[Path]:
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
-    except FAILURES as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
+    with _torch_checkpoint(f"checkpoint {folder} cannot be read") as dcp:
+        return dict(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
 
 
 def _check_shapes(folder: Path, state: State) -> None:
