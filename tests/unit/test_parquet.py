@@ -103,6 +103,13 @@ def test_rows_are_shuffled_differently_each_epoch_and_alike_for_a_seed(tmp_path:
     assert both != flat(values(reader(tmp_path, 100, epochs=2, seed=1)))
 
 
+def test_rows_of_one_row_group_are_shuffled(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", list(range(100)), row_group=100)
+    mixed = flat(values(reader(tmp_path, 100)))
+    assert sorted(mixed) == list(range(100))
+    assert sum(abs(a - b) > 10 for a, b in zip(mixed, mixed[1:], strict=False)) > 50
+
+
 def test_small_windows_still_mix_rows_of_distant_row_groups(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", list(range(1000)), row_group=10)
     first = values(reader(tmp_path, 50, window=50))[0]
