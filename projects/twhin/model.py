@@ -55,10 +55,10 @@ class TwhinModel(nn.Module):
         """Sum of the losses of this process's edges → scalar. `data` gives the numbers of negatives
         and the chunk size.
         """
-        names = [spec.name for spec in self.tables.specs]
         device = self.translations.device
-        ids = {name: ids.to(device) for name, ids in batch.ids(names).items()}
-        rows = self.tables(ids)
+        batch = batch.to(device)
+        ids = batch.ids([spec.name for spec in self.tables.specs])
+        rows = self.tables({name: found.to(device) for name, found in ids.items()})
         # Every table takes part in the backward pass of every process, also where its batch has no
         # edge of it: the engine's collectives wait for all. The sum of no rows costs nothing.
         total: Tensor = self.translations.sum() * 0.0

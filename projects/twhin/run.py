@@ -117,6 +117,8 @@ def run(
         total_steps = progress.step + reader.steps_from(progress.position)
         if config.training.num_train_steps is not None:
             total_steps = max(progress.step, min(total_steps, config.training.num_train_steps))
+        if job.is_chief and progress.step < total_steps:
+            (save_dir / METRICS).unlink(missing_ok=True)  # of the run before it was prolonged
         log.say(_describe(config, job, reader.rows.num_rows, total_steps))
 
         def update(batch: EdgeBatch, step: int) -> StepResult:
