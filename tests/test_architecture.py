@@ -15,7 +15,7 @@ LAYERS = (
     ("docker",),
     ("batch", "distributed", "losses", "metrics", "optimizers", "data"),
     ("embeddings", "checkpoint"),
-    ("evaluate", "train"),
+    ("evaluate", "train", "torchrun"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TENSORS = {"torch", "torchrec", "fbgemm_gpu", "numpy"}

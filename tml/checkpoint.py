@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,15 @@ def load(folder: Path, state: State) -> None:
         dcp.state_dict_loader.load(state, checkpoint_id=str(folder), no_dist=alone)
 
 
-def load_whole(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a step folder whose names start with `prefix`, whole and in memory, in this
-    process alone.
+def load_whole(folder: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """The named tensors of a step folder (all where None), whole and in memory, in this process
+    alone.
     """
     load_meta(folder)
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _read_metadata(folder).items()
-        if name.startswith(prefix) and hasattr(entry, "properties")
+        if hasattr(entry, "properties") and (names is None or name in names)
     }
     with _torch_checkpoint(f"checkpoint {folder} cannot be read") as dcp:
         dcp.state_dict_loader.load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
@@ -148,6 +148,8 @@ def _torch_checkpoint(what: str) -> Iterator[Any]:
 
 def _begin(folder: Path) -> None:
     if folder.exists():
+        if not is_ours(folder):
+            raise OSError(f"{folder} is in the way and holds something else; move it")
         # COMPLETE goes first: a folder half removed must not count.
         (folder / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(folder)
@@ -218,7 +220,15 @@ def _remove_old(save_dir: Path, keep: int | None) -> None:
 def _step_folders(save_dir: Path) -> list[Path]:
     if not save_dir.is_dir():
         return []
-    return [f for f in save_dir.iterdir() if re.fullmatch(r"\d+", f.name) and f.is_dir()]
+    return [f for f in save_dir.iterdir() if re.fullmatch(r"\d+", f.name) and is_ours(f)]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but what `save` writes: the only kind that is ever removed."""
+    ours = {COMPLETE, META, CONFIG, ".metadata", ".metadata.tmp"}
+    return folder.is_dir() and all(
+        path.name in ours or path.suffix in (".distcp", ".tmp") for path in folder.iterdir()
+    )
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

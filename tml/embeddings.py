@@ -147,7 +147,9 @@ class FbgemmTables(Tables):
     def __init__(self, specs: Sequence[TableSpec], device: torch.device) -> None:
         super().__init__(specs)
         self._device = device
-        self._engines = nn.ModuleDict({spec.name: self._build(spec) for spec in self.specs})
+        # A list: a module may not have any name that a table may have.
+        self._engines = nn.ModuleList([self._build(spec) for spec in self.specs])
+        self._number = {spec.name: number for number, spec in enumerate(self.specs)}
 
     def _build(self, spec: TableSpec) -> nn.Module:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -190,7 +192,7 @@ class FbgemmTables(Tables):
         for spec in self.specs:
             wanted = ids[spec.name]
             offsets = torch.arange(len(wanted) + 1, device=wanted.device)
-            rows[spec.name] = self._engines[spec.name](wanted, offsets)
+            rows[spec.name] = self._engine(spec.name)(wanted, offsets)
         return rows
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
@@ -216,7 +218,7 @@ class FbgemmTables(Tables):
         _copy_rows(weight, rows, 0)
 
     def _engine(self, name: str) -> Any:
-        return self._engines[name]
+        return self._engines[self._number[name]]
 
 
 class ShardedTables(Tables):
@@ -236,6 +238,8 @@ class ShardedTables(Tables):
             warnings.simplefilter("ignore")
             self._sharded = self._shard(job)
         self._groups = dict(self._optimizer_groups())
+        # Tables that shared a group would silently train at the rate of the last of them.
+        assert len({id(group) for group in self._groups.values()}) == len(self.specs)
 
     def _shard(self, job: Job) -> Any:
         import torch.distributed as dist
@@ -254,18 +258,21 @@ class ShardedTables(Tables):
             device=torch.device("cpu"),
             tables=[
                 EmbeddingConfig(
-                    name=spec.name,
+                    name=_key(number),  # a module may not have any name that a table may have
                     embedding_dim=spec.dim,
                     num_embeddings=spec.num_rows,
-                    feature_names=[spec.name],
+                    feature_names=[_key(number)],
                     data_type=DataType.FP16 if spec.data_type == "fp16" else DataType.FP32,
                 )
-                for spec in self.specs
+                for number, spec in enumerate(self.specs)
             ],
         )
-        for spec in self.specs:
+        for number, spec in enumerate(self.specs):
             optimizer, settings = _torch_optimizer(spec.optimizer)
-            weight = collection.embeddings[spec.name].weight
+            # TorchRec joins tables of equal settings into one group with one rate. Rates that
+            # differ keep them apart; set_learning_rates replaces them before the first update.
+            settings["lr"] = float(number + 1)
+            weight = collection.embeddings[_key(number)].weight
             apply_optimizer_in_backward(optimizer, [weight], settings)
         sharder = EmbeddingCollectionSharder()
         row_wise = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value])
@@ -275,7 +282,7 @@ class ShardedTables(Tables):
                 local_world_size=job.local_world_size,
                 compute_device=job.device.type,
             ),
-            constraints={spec.name: row_wise for spec in self.specs},
+            constraints={_key(number): row_wise for number in range(len(self.specs))},
         )
         plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
         sharded = DistributedModelParallel(
@@ -288,11 +295,12 @@ class ShardedTables(Tables):
 
     def _optimizer_groups(self) -> list[tuple[str, Any]]:
         """(table, its param group), so that each table's rate can be set."""
-        found = []
-        for optimizer in self._sharded.fused_optimizer.optimizers:
-            for key, group in _keyed_groups(optimizer):
-                found.append((key.removeprefix("embeddings.").removesuffix(".weight"), group))
-        return found
+        groups = dict(
+            pair
+            for optimizer in self._sharded.fused_optimizer.optimizers
+            for pair in _keyed_groups(optimizer)
+        )
+        return [(spec.name, groups[_weight(number)]) for number, spec in enumerate(self.specs)]
 
     def forward(self, ids: Ids) -> Rows:
         """Look up; see Tables."""
@@ -300,12 +308,15 @@ class ShardedTables(Tables):
 
         wanted = [ids[spec.name] for spec in self.specs]
         features = KeyedJaggedTensor(
-            keys=[spec.name for spec in self.specs],
+            keys=[_key(number) for number in range(len(self.specs))],
             values=torch.cat(wanted),
             lengths=torch.tensor([len(one) for one in wanted], device=wanted[0].device),
         )
         found = self._sharded(features)
-        return {spec.name: found[spec.name].values().float() for spec in self.specs}
+        return {
+            spec.name: found[_key(number)].values().float()
+            for number, spec in enumerate(self.specs)
+        }
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """See Tables."""
@@ -321,8 +332,8 @@ class ShardedTables(Tables):
         weights = self._sharded.state_dict()
         optimizer = self._sharded.fused_optimizer.state_dict()["state"]
         saved: dict[str, Any] = {}
-        for spec in self.specs:
-            key = f"embeddings.{spec.name}.weight"
+        for number, spec in enumerate(self.specs):
+            key = _weight(number)
             saved[f"tables.{spec.name}.weight"] = weights[key]
             if spec.optimizer.kind != "sgd":
                 (accumulator,) = optimizer[key].values()
@@ -331,9 +342,19 @@ class ShardedTables(Tables):
 
     def fill(self, name: str, rows: RowSource) -> None:
         """See Tables."""
-        weight = self._sharded.state_dict()[f"embeddings.{name}.weight"]
+        number = [spec.name for spec in self.specs].index(name)
+        weight = self._sharded.state_dict()[_weight(number)]
         for shard in weight.local_shards():
             _copy_rows(shard.tensor, rows, shard.metadata.shard_offsets[0])
+
+
+def _key(number: int) -> str:
+    return f"table_{number}"
+
+
+def _weight(number: int) -> str:
+    """Name of a table's weight in the EmbeddingCollection."""
+    return f"embeddings.{_key(number)}.weight"
 
 
 def _keyed_groups(optimizer: Any) -> list[tuple[str, Any]]:
@@ -351,12 +372,11 @@ def _torch_optimizer(config: OptimizerConfig) -> tuple[type, dict[str, float]]:
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
     settings = config.settings
-    common = {"lr": config.learning_rate_at(0)}
     if isinstance(settings, Sgd):
-        return torch.optim.SGD, common
+        return torch.optim.SGD, {}
     assert isinstance(settings, Adagrad)
     kind = RowWiseAdagrad if config.rowwise_adagrad is not None else torch.optim.Adagrad
-    return kind, {**common, "eps": settings.eps}
+    return kind, {"eps": settings.eps}
 
 
 @torch.no_grad()

@@ -43,7 +43,6 @@ class MetricLog:
         if not self._speaks or not self._path.exists():
             return
         kept = [record for record in read_records(self._path) if record.get("step", 0) <= step]
-        kept = [record for record in kept if record["kind"] != "metrics"]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self._path)

@@ -25,6 +25,10 @@ from tml.logs import MetricLog, Record
 BatchT = TypeVar("BatchT")
 
 
+class DivergedError(RuntimeError):
+    """The loss is no finite number."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update tells."""
@@ -131,7 +135,7 @@ class Loop(Generic[BatchT]):
         """
         saved_step = progress.step if progress.step else None
         interval_loss = torch.tensor(progress.loss_sum, dtype=torch.float64)
-        watch = _Watch()
+        watch = _Watch(progress.examples_seen)
         with StopSignal() as stop:
             while progress.step < self.total_steps:
                 entry = next(batches, None)
@@ -157,16 +161,17 @@ class Loop(Generic[BatchT]):
                     saved_step = progress.step
                 if stopped:
                     break
+            # A signal that came after the last look: what follows the loop takes time too.
+            stopped = distributed.any_process(stop.number is not None)
         assert saved_step == progress.step or not self.total_steps
-        if progress.step < self.total_steps:
-            return stop.number or signal.SIGTERM
-        return None
+        return (stop.number or signal.SIGTERM) if stopped else None
 
     def _gather(self, progress: Progress, interval_loss: Tensor) -> None:
         """Move the interval's loss to the chief, in the unbroken run as in the resumed one: same
         sums, same rounding.
         """
         distributed.all_reduce_sum(interval_loss)
+        _refuse_divergence(interval_loss, progress.step)
         if not self.job.is_chief:
             interval_loss.zero_()
         progress.loss_sum = float(interval_loss)
@@ -175,8 +180,8 @@ class Loop(Generic[BatchT]):
         self, progress: Progress, interval_loss: Tensor, result: StepResult, watch: "_Watch"
     ) -> None:
         distributed.all_reduce_sum(interval_loss)
-        elapsed_s = watch.lap()
-        rate = progress.num_examples / elapsed_s
+        _refuse_divergence(interval_loss, progress.step)
+        rate = (progress.examples_seen - watch.examples_before) / watch.lap(progress.examples_seen)
         left = self.total_steps - progress.step
         per_step = progress.examples_seen / progress.step
         self.log.train(
@@ -205,13 +210,16 @@ class Loop(Generic[BatchT]):
 class _Watch:
     """Seconds between laps, pauses left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples_before: int) -> None:
         self._start = time.perf_counter()
+        self.examples_before = examples_before
+        """Examples seen at the start of the lap; an interval may have begun before this process."""
 
-    def lap(self) -> float:
+    def lap(self, examples_seen: int) -> float:
         now = time.perf_counter()
         elapsed = now - self._start
         self._start = now
+        self.examples_before = examples_seen
         return max(elapsed, 1e-9)
 
     def paused(self) -> "_Pause":
@@ -230,6 +238,16 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self._watch.shift(time.perf_counter() - self._began)
+
+
+def _refuse_divergence(loss: Tensor, step: int) -> None:
+    """Every process sees the same sum, so all stop before anything of it is saved."""
+    if not torch.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {float(loss)} by step {step:,}: training has diverged; lower the "
+            "learning rates and start again, from the last complete checkpoint, or anew with "
+            "--overwrite_save_dir"
+        )
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -70,8 +70,8 @@ class TableConfig(Config):
     """Type of entity, unique."""
     num_embeddings: PositiveInt
     """Rows: ids run from 0 to num_embeddings − 1."""
-    embedding_dim: PositiveInt
-    """Dimension D, the same in all tables."""
+    embedding_dim: int = Field(gt=0, multiple_of=4)
+    """Dimension D, the same in all tables; FBGEMM wants multiples of 4."""
     data_type: Literal["fp32", "fp16"] = "fp32"
     """Storage of the vectors, the same in all tables."""
     optimizer: OptimizerConfig = OptimizerConfig.model_validate({"rowwise_adagrad": {"lr": 0.1}})
@@ -87,7 +87,7 @@ class TableConfig(Config):
 class TableDefaults(Config):
     """Values for tables that leave them out."""
 
-    embedding_dim: PositiveInt | None = None
+    embedding_dim: int | None = Field(default=None, gt=0, multiple_of=4)
     data_type: Literal["fp32", "fp16"] | None = None
     optimizer: OptimizerConfig | None = None
 
@@ -179,6 +179,8 @@ class ModelConfig(Config):
                     )
         if self.translation_optimizer.kind == "rowwise_adagrad":
             raise ValueError("translation_optimizer: rowwise_adagrad is for tables; use adagrad")
+        if self.translation_optimizer.kind == "adam":
+            raise ValueError("translation_optimizer: adam is not supported; use adagrad or sgd")
         return self
 
 

@@ -536,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = evaluate_split(config, arguments.split, vectors, job)
             if job.is_chief:
                 _show(report, as_json=arguments.json)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ vector (θ_r).
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,18 +23,16 @@ from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
 from projects.twhin.model import Vectors
 from tml import checkpoint
 from tml.config import ConfigError, load_config
-from tml.data.parquet import DataError
+from tml.data.parquet import DataError, ParquetRows
 
 BLOCK_ROWS = 1 << 16
 
 
 def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
     """All vectors of a complete step folder as float32."""
-    saved = checkpoint.load_whole(folder, "t")
-    tables = {
-        table.name: saved[f"tables.{table.name}.weight"].float()
-        for table in config.embeddings.tables
-    }
+    weights = {table.name: f"tables.{table.name}.weight" for table in config.embeddings.tables}
+    saved = checkpoint.load_whole(folder, [*weights.values(), "translations"])
+    tables = {table: saved[name].float() for table, name in weights.items()}
     return Vectors(tables, saved["translations"], list(config.relations))
 
 
@@ -41,6 +40,11 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
     """Write the parquet files of all tables and relations into `folder`, which is replaced as a
     whole.
     """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not (folder.is_dir() and all(map(_is_vectors, folder.iterdir()))):
+        raise DataError(
+            f"{folder} holds something else than exported vectors; choose another --output"
+        )
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -92,6 +96,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_vocabularies(config: ModelConfig) -> None:
+    """Refuse a vocabulary that export could not use, before time is spent on training."""
+    for table in config.embeddings.tables:
+        if table.vocab is not None:
+            rows = ParquetRows(table.vocab, ["id"]).num_rows
+            _check_length(table, rows)
+
+
+def _check_length(table: TableConfig, num_names: int) -> None:
+    if num_names != table.num_embeddings:
+        raise DataError(
+            f"vocabulary {table.vocab} has {num_names:,} entities, table {table.name!r} has "
+            f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
+        )
+
+
+def _is_vectors(path: Path) -> bool:
+    return path.suffix == ".parquet" and path.is_file()
+
+
 def _read_vocabulary(table: TableConfig) -> list[str] | None:
     """Entity names in the order of their ids, or None where the table has no vocabulary."""
     if table.vocab is None:
@@ -102,12 +126,7 @@ def _read_vocabulary(table: TableConfig) -> list[str] | None:
         raise DataError(
             f"vocabulary {table.vocab} of table {table.name!r} cannot be read: {error}"
         ) from error
-    if vocabulary.num_rows != table.num_embeddings:
-        raise DataError(
-            f"vocabulary {table.vocab} has {vocabulary.num_rows:,} entities, "
-            f"table {table.name!r} has "
-            f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
-        )
+    _check_length(table, vocabulary.num_rows)
     names = vocabulary.column("entity").cast(pa.string()).to_pylist()
     assert isinstance(names, list)
     return names

@@ -207,6 +207,7 @@ def _equal(ids: Tensor) -> Tensor:
 
 def _chunked(values: Tensor, size: int, padding: int = 0) -> Tensor:
     """(n, …) → (⌈n / size⌉, size, …), the last chunk padded."""
+    size = min(size, len(values))  # a group of few edges is one chunk of so many
     missing = -len(values) % size
     if missing:
         values = F.pad(values, (0, 0) * (values.dim() - 1) + (0, missing), value=padding)

@@ -49,6 +49,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from tml.config import ConfigError, read_yaml
+from tml.machines import container
 
 SPLITS = ("train", "valid", "test")
 CONFIG_KEYS = {"train": "train_data", "valid": "validation_data", "test": "test_data"}
@@ -609,6 +610,12 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         raise PrepareError(
             f"output {folder} exists and is not empty; choose another or --overwrite it"
         )
+    ours = not folder.is_dir() or not any(folder.iterdir()) or (folder / "counts.json").exists()
+    if not ours:
+        raise PrepareError(
+            f"output {folder} holds something else than prepared edges (no counts.json), it is not "
+            "overwritten; choose another --output"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     with _locked(partial):
         try:
@@ -1006,6 +1013,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(render(counts))
     console.print(f"written: {options.output}", soft_wrap=True)
+    if container.vanishes(options.output):
+        console.print(f"warning: {container.advice('--output', options.output)}", soft_wrap=True)
     return 0
 
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from projects.twhin import evaluate, export, planted
 from projects.twhin.config import DataConfig, TwhinConfig
 from projects.twhin.data import (
+    COLUMNS,
     VALIDATION_STEP,
     EdgeBatch,
     EdgeLayout,
@@ -39,13 +40,14 @@ from projects.twhin.model import TwhinModel, table_specs
 from tml import checkpoint, distributed, logs
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError, load_config, to_yaml
-from tml.data.parquet import DataError, Position
+from tml.data.parquet import DataError, ParquetRows, Position
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
 from tml.embeddings import ArrayRows, build_tables
 from tml.logs import MetricLog
+from tml.machines import container
 from tml.optimizers import build_dense_optimizer, set_learning_rate
-from tml.train import Loop, Progress, StepResult
+from tml.train import DivergedError, Loop, Progress, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def run(
     with distributed.join(config.training.eval_timeout_in_s) as job:
         logs.set_up(job.rank)
         _announce_ignored(config)
+        if container.vanishes(save_dir):
+            logger.warning("warning: %s", container.advice("--save_dir", save_dir))
         torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
 
         # Data. The chief makes what is missing; the others wait.
@@ -81,6 +85,10 @@ def run(
         micro_batches = config.training.gradient_accumulation or 1
         epochs = config.training.num_epochs
         reader = build_reader(data, layout, job, seed, epochs, micro_batches)
+        for held_out in (config.validation_data, config.test_data):
+            if held_out is not None:  # what is wrong with it is said now, not after training
+                ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)
+        export.check_vocabularies(config.model)
 
         # Run folder.
         if job.is_chief:
@@ -120,6 +128,11 @@ def run(
         if job.is_chief and progress.step < total_steps:
             (save_dir / METRICS).unlink(missing_ok=True)  # of the run before it was prolonged
         log.say(_describe(config, job, reader.rows.num_rows, total_steps))
+        if progress.step and progress.step >= total_steps:
+            log.say(
+                f"the run is finished, nothing is left to train; --repeat moves {save_dir} "
+                "aside and trains anew, --overwrite_save_dir removes it first"
+            )
 
         def update(batch: EdgeBatch, step: int) -> StepResult:
             rates = tables.set_learning_rates(step)
@@ -240,6 +253,14 @@ def _initialise(config: TwhinConfig, fill: Any, state: dict[str, Any]) -> None:
 def _announce_ignored(config: TwhinConfig) -> None:
     if config.runtime.wandb is not None:
         logger.warning("runtime.wandb is set but not used: metrics are in metrics.jsonl")
+    if config.validation_data is None:
+        for name in ("num_eval_steps", "eval_log_every_n"):
+            if getattr(config.training, name) is not None:
+                logger.warning("training.%s is set but not used: there is no validation_data", name)
+    if config.test_data is not None:
+        unused = set(DataConfig.model_fields) - {"data_root", "limit", "offset"}
+        for name in sorted(unused & config.test_data.model_fields_set):
+            logger.warning("test_data.%s is set but not used: test edges are only ranked", name)
 
 
 def _announce_changes(folder: Path, config: TwhinConfig) -> None:
@@ -295,7 +316,11 @@ def _run_files(save_dir: Path) -> list[Path]:
     if not save_dir.is_dir():
         return []
     names = {"metrics.jsonl", METRICS, checkpoint.CONFIG, VECTORS}
-    return [path for path in save_dir.iterdir() if path.name in names or path.name.isdigit()]
+    return [
+        path
+        for path in save_dir.iterdir()
+        if path.name in names or (path.name.isdigit() and checkpoint.is_ours(path))
+    ]
 
 
 def _remove_run(save_dir: Path) -> None:
@@ -311,7 +336,8 @@ def _move_aside(save_dir: Path) -> None:
     number = next(n for n in range(1, 1 << 20) if not Path(f"{save_dir}.{n}").exists())
     target = Path(f"{save_dir}.{number}")
     target.mkdir()
-    for path in _run_files(save_dir):
+    # metrics.json last: it is what says that the run is finished.
+    for path in sorted(_run_files(save_dir), key=lambda path: path.name == METRICS):
         path.rename(target / path.name)
     logger.info("the finished run was moved to %s", target)
 
@@ -356,12 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no_evaluation", action="store_true", help="train and export only")
     arguments = parser.parse_args(argv)
+    save_dir = arguments.save_dir
     try:
         base = arguments.graph
         if base is not None and base.is_dir():
             base = base / "graph.yaml"
         config = load_config(TwhinConfig, arguments.config_yaml_path, arguments.overrides, base)
-        save_dir = arguments.save_dir or config.training.save_dir
+        save_dir = save_dir or config.training.save_dir
         if save_dir is None:
             raise ConfigError("no run folder: give --save_dir or set training.save_dir")
         stopped_by = run(
@@ -371,14 +398,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             repeat=arguments.repeat,
             evaluates=not arguments.no_evaluation,
         )
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, DivergedError) as error:
         return _fail(str(error))
     except OSError as error:
-        what = f"{error.strerror}: {error.filename or arguments.save_dir}"
+        what = f"{error.strerror or error}: {error.filename or save_dir}"
         if error.errno == errno.ENOSPC:
             what += "; make room and start the same command again"
         return _fail(what)
+    except RuntimeError as error:
+        if not _is_orphaned(error):
+            raise
+        return 3
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _is_orphaned(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process, which has said why, is gone."""
+    return "closed by peer" in str(error) or "Connection reset" in str(error)
 
 
 def _fail(message: str) -> int:

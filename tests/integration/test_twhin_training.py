@@ -74,7 +74,7 @@ def config_tree(graph: Path, **training: Any) -> dict[str, Any]:
 def command(config: Path, save_dir: Path, *extra: str, ranks: int = 1) -> list[str]:
     start = [sys.executable]
     if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        start += ["-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return [*start, str(SCRIPT), f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra]
 
 
@@ -242,14 +242,19 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_exactly(
     assert losses(save_dir) == losses(unbroken)
 
 
-def test_two_ranks_under_torchrun_save_on_sigterm(config: Path, tmp_path: Path) -> None:
+def test_two_ranks_under_torchrun_save_on_sigterm(
+    config: Path, unbroken_two: Path, tmp_path: Path
+) -> None:
     save_dir = tmp_path / "run"
     extra = ["--no_evaluation", "--set", "training.checkpoint_every_n=null"]
     process = start(*command(config, save_dir, *extra, ranks=2), log=tmp_path / "log")
     wait_until(lambda: last_step(save_dir) >= 4, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert process.wait(60) == 143
     assert len(checkpoint.complete_steps(save_dir)) == 1
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert train(config, save_dir, "--no_evaluation", ranks=2).returncode == 0
+    assert losses(save_dir) == losses(unbroken_two)
 
 
 def test_a_checkpoint_of_two_ranks_is_taken_up_by_one(
@@ -368,6 +373,41 @@ class TestBadInput:
         config = write_config(broken_graph, config_tree(broken_graph))
         done = train(config, tmp_path / "run")
         assert_one_error(done, "no column 'rel'; it has lhs, rhs")
+
+    def test_an_error_of_one_of_two_ranks_is_one_clear_error_too(
+        self, broken_graph: Path, tmp_path: Path
+    ) -> None:
+        path = broken_graph / "train" / "part-0.parquet"
+        columns = pq.read_table(path).to_pydict()
+        columns["lhs"][5] = -1
+        pq.write_table(pa.table(columns), path, row_group_size=100)
+        tree = config_tree(broken_graph)
+        tree["train_data"]["shuffle_rows"] = 100
+        done = train(write_config(broken_graph, tree), tmp_path / "run", ranks=2)
+        assert_one_error(done, f"{path}, row 5: lhs -1")
+
+    def test_a_vocabulary_of_other_data_is_refused_before_training(
+        self, graph: Path, tmp_path: Path
+    ) -> None:
+        pq.write_table(pa.table({"id": [0], "entity": ["u"]}), tmp_path / "vocab.parquet")
+        tree = config_tree(graph)
+        tree["model"]["embeddings"]["tables"][0]["vocab"] = str(tmp_path / "vocab.parquet")
+        done = train(write_config(tmp_path, tree), tmp_path / "run")
+        assert_one_error(done, "has 1 entities", "'user' has 300 rows")
+        assert "step" not in done.stdout
+
+    def test_a_run_that_diverges_ends_and_keeps_its_last_finite_checkpoint(
+        self, config: Path, tmp_path: Path
+    ) -> None:
+        rates = [
+            f"--set=model.embeddings.tables.{table}.optimizer={{sgd: {{lr: 1.0e+38}}}}"
+            for table in (0, 1)
+        ]
+        start = ["--set=training.num_train_steps=10", "--no_evaluation"]
+        assert train(config, tmp_path / "run", *start).returncode == 0
+        done = train(config, tmp_path / "run", *rates)
+        assert_one_error(done, "training has diverged", "lower the learning rates")
+        assert checkpoint.complete_steps(tmp_path / "run") == [10]
 
     def test_an_unknown_config_key(self, graph: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path, config_tree(graph, num_epoch=3))

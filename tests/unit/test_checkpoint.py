@@ -28,7 +28,7 @@ def test_what_is_saved_is_loaded_with_its_meta_and_config(tmp_path: Path) -> Non
     weight = loaded["tables.user.weight"]
     checkpoint.load(folder, loaded)
     assert weight.equal(torch.full((4, 2), 1.5)), "loading is in place"
-    whole = checkpoint.load_whole(folder, "tables.")
+    whole = checkpoint.load_whole(folder, ["tables.user.weight"])
     assert list(whole) == ["tables.user.weight"]
 
 
@@ -76,6 +76,17 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     for step in (1, 3, 10, 20):
         checkpoint.save(tmp_path, step, state(step), {}, "", keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20", "notes"]
+
+
+def test_a_numbered_folder_of_somebody_else_is_never_removed(tmp_path: Path) -> None:
+    for name in ("5", "7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photos.txt").write_text("mine")
+    checkpoint.save(tmp_path, 6, state(), {}, "", keep=1)
+    with pytest.raises(CheckpointError, match=r"7 is in the way and holds something else"):
+        checkpoint.save(tmp_path, 7, state(), {}, "", keep=1)
+    assert all((tmp_path / name / "photos.txt").exists() for name in ("5", "7"))
+    assert checkpoint.complete_steps(tmp_path) == [6]
 
 
 def test_another_model_is_refused_with_both_shapes(tmp_path: Path) -> None:

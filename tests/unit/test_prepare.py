@@ -437,6 +437,11 @@ def test_a_full_output_folder_is_refused_and_replaced_only_when_asked(
     assert "not empty" in capsys.readouterr().err
     bad = ["--train", write("b.tsv", "u\tlike\n"), "--output", output, *BOTH, "--overwrite"]
     assert run(*bad) == 2
+    assert run(*command, "--overwrite") == 2
+    assert "something else than prepared edges" in capsys.readouterr().err
+    assert (output / "thesis.txt").exists(), "only prepared edges are overwritten"
+    (output / "counts.json").write_text("{}")
+    assert run(*bad) == 2
     assert (output / "thesis.txt").exists(), "a run that fails must not cost the old output"
     assert run(*command, "--overwrite") == 0
     assert not (output / "thesis.txt").exists()

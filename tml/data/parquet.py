@@ -57,6 +57,7 @@ class ParquetRows:
     ) -> None:
         self.pattern = pattern
         self.columns = tuple(columns)
+        self._metadata: dict[str, Any] = {}
         paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise DataError(f"no file matches {pattern}; check the path, or make the data first")
@@ -97,12 +98,15 @@ class ParquetRows:
                     f"not {schema.field(column).type}; "
                     "names are turned into ids by projects/twhin/prepare.py"
                 )
+        # Kept: parsing a footer of thousands of row groups again for each of them takes longer than
+        # reading the rows.
+        self._metadata[path] = file.metadata
         return file.metadata
 
     def read(self, piece: Piece) -> Columns:
         """The columns of one piece as int64 arrays of its num_rows."""
         try:
-            with pq.ParquetFile(piece.path) as file:
+            with pq.ParquetFile(piece.path, metadata=self._metadata[piece.path]) as file:
                 table = file.read_row_group(piece.row_group, columns=list(self.columns))
         except (pa.ArrowException, OSError) as error:
             raise _broken(piece.path, error) from error
