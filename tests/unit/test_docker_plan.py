@@ -16,7 +16,7 @@ TWHIN = Project(path="twhin", script="projects/twhin/scripts/run_in_docker.sh")
 HOST = Host(
     checkout=Path("/home/me/tml"),
     home=Path("/home/me"),
-    cwd=Path("/home/me/work"),
+    cwd=Path("/home/me/projects"),
     uid=1000,
     gid=1001,
     user="me",
@@ -125,8 +125,8 @@ def test_mounts_are_relative_to_the_caller_and_replace_defaults() -> None:
     made = plan(mount=("data/../x:/mnt/x:ro", "~/y:/root/tmp/"), data="graph")
     assert made.mounts[2:] == (
         Mount(source="/home/me/y", target="/root/tmp"),
-        Mount(source="/home/me/work/graph", target="/data", read_only=True),
-        Mount(source="/home/me/work/x", target="/mnt/x", read_only=True),
+        Mount(source="/home/me/projects/graph", target="/data", read_only=True),
+        Mount(source="/home/me/projects/x", target="/mnt/x", read_only=True),
     )
 
 
