@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="tml: %(message)s", stream=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+    signal.signal(signal.SIGINT, _interrupt)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As an exception, so that a build that is stopped still tidies up. A run has its own way.
         signal.signal(number, _end)
@@ -55,7 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(number: int, _: object) -> NoReturn:
+    _ended_by.append(number)
     raise SystemExit(128 + number)
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    _ended_by.append(number)
+    raise KeyboardInterrupt
+
+
+_ended_by: list[int] = []
+"""Signals received before a container runs. Python drops an exception that is raised within a
+callback of its import machinery, so what was raised may not have arrived: it is looked at again.
+"""
+
+
+def _end_if_told() -> None:
+    if signal.SIGINT in _ended_by:
+        raise KeyboardInterrupt
+    if _ended_by:
+        raise SystemExit(128 + _ended_by[0])
 
 
 def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -302,6 +322,7 @@ def _ensure_image(
 def _carry_out(client: "APIClient", plan: Plan, pass_interrupt: bool = False) -> int:
     from tml.docker import engine
 
+    _end_if_told()
     if plan.detach:
         print(engine.start_detached(client, plan))
         logging.info(

@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 
-MARK = Path("/.dockerenv")
+CHECKOUT = Path("/usr/src/app/tml")
+"""Where the launcher mounts the checkout: a machine with that mount is a container of ours."""
 
 
 def vanishes(path: Path) -> bool:
     """Whether what is written to `path` is lost with the container: no folder above it is mounted
     from outside.
     """
-    if not MARK.exists():
+    if not os.path.ismount(CHECKOUT):
         return False
     parents = Path(os.path.realpath(path)).parents
     return not any(os.path.ismount(folder) for folder in (path, *parents) if str(folder) != "/")
