@@ -465,7 +465,7 @@ def evaluate_split(config: TwhinConfig, split: str, vectors: Scorer, job: Job) -
         sums = retrieval(vectors, relations, asked, training, k, shard)
         report["retrieval"] = retrieval_report(relations, _over_all(sums), k)
     if config.planted is not None and split == "test":
-        folder = Path(config.train_data.data_root).parent.parent
+        folder = planted.folder_of(config.train_data.data_root)
         report["planted"] = json.loads((folder / planted.PLANTED).read_text())["optimum"]
     return report
 

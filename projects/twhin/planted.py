@@ -112,6 +112,11 @@ def ensure(config: PlantedConfig, folder: Path) -> Path:
     return folder
 
 
+def folder_of(data_root: str) -> Path:
+    """The folder of the generated graph: data_root is <folder>/train/*.parquet."""
+    return Path(data_root).parent.parent
+
+
 def is_made(config: PlantedConfig, folder: Path) -> bool:
     """Whether `folder` holds the graph of this very config."""
     try:

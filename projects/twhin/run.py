@@ -78,7 +78,7 @@ def run(
 
         # Data. The chief makes what is missing; the others wait.
         if config.planted is not None and job.is_chief:
-            planted.ensure(config.planted, _planted_folder(config.train_data))
+            planted.ensure(config.planted, planted.folder_of(config.train_data.data_root))
         distributed.barrier()
         layout = EdgeLayout(config.model)
         seed, data = config.training.seed, config.train_data
@@ -96,7 +96,7 @@ def run(
                 _remove_run(save_dir)
             elif repeat and _is_finished(save_dir):
                 _move_aside(save_dir)
-            _make_run_folder(save_dir)
+            save_dir.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
         log = MetricLog(save_dir, job.rank)
 
@@ -300,15 +300,6 @@ def _meta(job: Job) -> dict[str, Any]:
     versions = {name: version(name) for name in packages}
     versions["python"] = ".".join(map(str, sys.version_info[:3]))
     return {"time": time.time(), "world_size": job.world_size, "versions": versions}
-
-
-def _planted_folder(data: DataConfig) -> Path:
-    """The folder of the generated graph: data_root is <folder>/train/*.parquet."""
-    return Path(data.data_root).parent.parent
-
-
-def _make_run_folder(save_dir: Path) -> None:
-    save_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _run_files(save_dir: Path) -> list[Path]:
