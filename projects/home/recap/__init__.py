@@ -1,0 +1,1 @@
+"""The Heavy Ranker: the probability of each engagement of a user with a post."""
