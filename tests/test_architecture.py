@@ -15,7 +15,8 @@ LAYERS = (
     ("docker",),
     ("batch", "distributed", "losses", "metrics", "optimizers", "data"),
     ("embeddings", "checkpoint"),
-    ("evaluate", "train", "torchrun"),
+    ("evaluate", "train", "torchrun", "run_folder"),
+    ("program",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TENSORS = {"torch", "torchrec", "fbgemm_gpu", "numpy"}

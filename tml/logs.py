@@ -79,12 +79,13 @@ def read_records(path: Path) -> list[Record]:
 
 def train_line(record: Mapping[str, Any]) -> Text:
     """`step 120/900  loss 1.234567  lr 0.1  98,765 edges/s  1.2 GiB  left 0:01:23`."""
-    width = len(f"{record['total_steps']:,}")
+    total = record["total_steps"]
+    step = f"{record['step']:,}" if total is None else f"{record['step']:>{len(f'{total:,}')},}"
     lrs = record["lr"]
     lr = "/".join(f"{value:.3g}" for value in dict.fromkeys(lrs.values()))
     return Text.assemble(
         ("step ", "dim"),
-        f"{record['step']:>{width},}/{record['total_steps']:,}",
+        step if total is None else f"{step}/{total:,}",
         ("  loss ", "dim"),
         (f"{record['loss']:.6f}", "bold"),
         ("  lr ", "dim"),
@@ -93,8 +94,7 @@ def train_line(record: Mapping[str, Any]) -> Text:
         (f"{record['rate']:,.0f}", "cyan"),
         (f" {record['unit']}/s", "dim"),
         f"  {record['memory_bytes'] / 2**30:.1f} GiB",
-        ("  left ", "dim"),
-        clock(record["left_s"]),
+        *(() if total is None else (("  left ", "dim"), clock(record["left_s"]))),
     )
 
 

@@ -11,18 +11,66 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import psutil
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from tml import distributed
+from tml.config import Config
 from tml.data.parquet import Position
 from tml.distributed import Job
 from tml.logs import MetricLog, Record
 
 BatchT = TypeVar("BatchT")
+
+
+class TrainingConfig(Config):
+    """How long training runs and what it leaves behind."""
+
+    save_dir: str | None = None
+    """Run folder: step folders, metrics.jsonl, config.yaml. `--save_dir` takes precedence."""
+    num_train_steps: PositiveInt | None = None
+    """Training ends after so many steps or after num_epochs, whichever is first. Unset: num_epochs
+    alone.
+    """
+    checkpoint_every_n: PositiveInt | None = None
+    """Steps between checkpoints. Unset: one at the end, and one when stopped by a signal."""
+    checkpoint_max_to_keep: PositiveInt | None = None
+    """Older checkpoints beyond this number are deleted. Unset: all are kept."""
+    train_log_every_n: PositiveInt = 10
+    """Steps between records in metrics.jsonl and lines on the console."""
+    num_eval_steps: PositiveInt | None = None
+    """Batches of validation_data in one validation pass. Unset: all of them."""
+    eval_log_every_n: PositiveInt | None = None
+    """Training steps between validation passes over validation_data. Unset: one, at the
+    end.
+    """
+    eval_timeout_in_s: PositiveFloat = 3600
+    """Longest a collective operation may take, in seconds, before the run is given up."""
+    initial_checkpoint_dir: str | None = None
+    """Step folder whose model (not its optimizer, nor its position) a new run starts from."""
+    gradient_accumulation: PositiveInt | None = None
+    """Batches that make one update: the reader yields one batch of their joint size, which is the
+    same sum.
+    """
+    seed: NonNegativeInt = 1
+    """Decides initial values, order of the data, everything drawn at random."""
+
+
+class Place(Protocol):
+    """Where reading goes on: a `Position`, or whatever else a reader knows itself by."""
+
+    @property
+    def epoch(self) -> int:
+        """Number of the pass over the data, from 0."""
+        ...
+
+    def to_json(self) -> Any:
+        """What meta.json holds of it."""
+        ...
 
 
 class DivergedError(RuntimeError):
@@ -47,7 +95,7 @@ class Progress:
 
     step: int = 0
     """Updates done."""
-    position: Position = field(default_factory=Position)
+    position: Place = field(default_factory=Position)
     """Where reading goes on."""
     loss_sum: float = 0.0
     """Sum of the losses since the last record: of all processes on the chief, 0 elsewhere, when
@@ -68,11 +116,11 @@ class Progress:
         }
 
     @classmethod
-    def from_json(cls, tree: Record, *, chief: bool) -> Self:
-        """The inverse of `to_json`."""
+    def from_json(cls, tree: Record, position: Place, *, chief: bool) -> Self:
+        """The inverse of `to_json`; the position is read by who knows its kind."""
         return cls(
             step=tree["step"],
-            position=Position.from_json(tree["data_position"]),
+            position=position,
             loss_sum=tree["interval"]["loss_sum"] if chief else 0.0,
             num_examples=tree["interval"]["num_examples"],
             examples_seen=tree["examples_seen"],
@@ -118,7 +166,8 @@ class Loop(Generic[BatchT]):
     """(batch, number of the update from 0) → result."""
     save: Callable[[Progress], None]
     """Write a checkpoint; every process calls it."""
-    total_steps: int
+    total_steps: int | None
+    """Unset: until the batches end, in whichever process first."""
     log_every: int
     unit: str
     """What an example is called: "edges"."""
@@ -127,19 +176,18 @@ class Loop(Generic[BatchT]):
     """Measures on validation data; every process calls it."""
     validate_every: int | None = None
 
-    def run(self, batches: Iterator[tuple[BatchT, Position]], progress: Progress) -> int | None:
+    def run(self, batches: Iterator[tuple[BatchT, Place]], progress: Progress) -> int | None:
         """Train to total_steps; returns None when done, or the number of the signal that stopped
         it.
 
         `progress` is kept up to date, and saved at the end whichever way it comes.
         """
+        upcoming = _Ahead(batches, self.total_steps)
         saved_step = progress.step if progress.step else None
         interval_loss = torch.tensor(progress.loss_sum, dtype=torch.float64)
         watch = _Watch(progress.examples_seen)
         with StopSignal() as stop:
-            while progress.step < self.total_steps:
-                entry = next(batches, None)
-                assert entry is not None, "the reader ended before total_steps"
+            while (entry := upcoming.take(progress.step)) is not None:
                 batch, position = entry
                 result = self.update(batch, progress.step)
                 interval_loss += result.loss_sum.to("cpu", torch.float64)
@@ -147,7 +195,7 @@ class Loop(Generic[BatchT]):
                 progress.position = position
                 progress.num_examples += result.num_examples_all
                 progress.examples_seen += result.num_examples_all
-                last = progress.step == self.total_steps
+                last = upcoming.is_last(progress.step)
                 if _due(progress.step, self.log_every) or last:
                     self._log_interval(progress, interval_loss, result, watch)
                 if self.validate is not None and (_due(progress.step, self.validate_every) or last):
@@ -163,7 +211,7 @@ class Loop(Generic[BatchT]):
                     break
             # A signal that came after the last look: what follows the loop takes time too.
             stopped = distributed.any_process(stop.number is not None)
-        assert saved_step == progress.step or not self.total_steps
+        assert saved_step == progress.step or not progress.step
         return (stop.number or signal.SIGTERM) if stopped else None
 
     def _gather(self, progress: Progress, interval_loss: Tensor) -> None:
@@ -182,8 +230,10 @@ class Loop(Generic[BatchT]):
         distributed.all_reduce_sum(interval_loss)
         _refuse_divergence(interval_loss, progress.step)
         rate = (progress.examples_seen - watch.examples_before) / watch.lap(progress.examples_seen)
-        left = self.total_steps - progress.step
-        per_step = progress.examples_seen / progress.step
+        left_s = None
+        if self.total_steps is not None:
+            per_step = progress.examples_seen / progress.step
+            left_s = (self.total_steps - progress.step) * per_step / rate
         self.log.train(
             {
                 "step": progress.step,
@@ -195,7 +245,7 @@ class Loop(Generic[BatchT]):
                 "unit": self.unit,
                 "examples_seen": progress.examples_seen,
                 "memory_bytes": psutil.Process().memory_info().rss,
-                "left_s": left * per_step / rate,
+                "left_s": left_s,
             }
         )
         interval_loss.zero_()
@@ -203,8 +253,43 @@ class Loop(Generic[BatchT]):
 
     def _log_validation(self, step: int, record: Record) -> None:
         self.log.write("validation", {"step": step, **record})
-        shown = "  ".join(f"{name} {value:.6f}" for name, value in record.items())
+        numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+        shown = "  ".join(f"{name} {value:.6f}" for name, value in numbers.items())
         self.log.say(f"     validation at step {step:,}: {shown}")
+
+
+class _Ahead(Generic[BatchT]):
+    """The batches up to total_steps; without that number one batch is looked at ahead, so that the
+    last is known as such, by all processes at the same step.
+    """
+
+    def __init__(self, batches: Iterator[tuple[BatchT, Place]], total_steps: int | None) -> None:
+        self._batches = batches
+        self._total_steps = total_steps
+        self._next: tuple[BatchT, Place] | None = None
+        if total_steps is None:
+            self._look()
+
+    def take(self, step: int) -> tuple[BatchT, Place] | None:
+        """The batch after `step` updates; None at the end."""
+        if self._total_steps is None:
+            entry = self._next
+            if entry is not None:
+                self._look()
+            return entry
+        if step >= self._total_steps:
+            return None
+        entry = next(self._batches, None)
+        assert entry is not None, "the reader ended before total_steps"
+        return entry
+
+    def is_last(self, step: int) -> bool:
+        """Whether nothing follows the batch that was taken."""
+        return self._next is None if self._total_steps is None else step >= self._total_steps
+
+    def _look(self) -> None:
+        entry = next(self._batches, None)
+        self._next = None if distributed.any_process(entry is None) else entry
 
 
 class _Watch:

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
 from projects.twhin.planted import PlantedConfig
+from tml import train
 from tml.config import Config
 from tml.optimizers import OptimizerConfig
 
@@ -28,39 +29,11 @@ class RuntimeConfig(Config):
     """Read for the published YAML's sake; not used, and announced where set."""
 
 
-class TrainingConfig(Config):
+class TrainingConfig(train.TrainingConfig):
     """How long training runs and what it leaves behind."""
 
-    save_dir: str | None = None
-    """Run folder: step folders, metrics.jsonl, config.yaml. `--save_dir` takes precedence."""
-    num_train_steps: PositiveInt | None = None
-    """Training ends after so many steps or after num_epochs, whichever is first. Unset: num_epochs
-    alone.
-    """
     num_epochs: PositiveInt = 1
     """Passes over the training edges."""
-    checkpoint_every_n: PositiveInt | None = None
-    """Steps between checkpoints. Unset: one at the end, and one when stopped by a signal."""
-    checkpoint_max_to_keep: PositiveInt | None = None
-    """Older checkpoints beyond this number are deleted. Unset: all are kept."""
-    train_log_every_n: PositiveInt = 10
-    """Steps between records in metrics.jsonl and lines on the console."""
-    num_eval_steps: PositiveInt | None = None
-    """Batches of validation_data in one validation pass. Unset: all of them."""
-    eval_log_every_n: PositiveInt | None = None
-    """Training steps between validation passes (mean loss on validation_data). Unset: one, at the
-    end.
-    """
-    eval_timeout_in_s: PositiveFloat = 3600
-    """Longest a collective operation may take, in seconds, before the run is given up."""
-    initial_checkpoint_dir: str | None = None
-    """Step folder whose model (not its optimizer, nor its position) a new run starts from."""
-    gradient_accumulation: PositiveInt | None = None
-    """Batches that make one update: the reader yields one batch of their joint size, which is the
-    same sum.
-    """
-    seed: NonNegativeInt = 1
-    """Decides initial vectors, order of edges and negatives."""
 
 
 class TableConfig(Config):

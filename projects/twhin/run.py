@@ -9,22 +9,15 @@ on from its last complete step folder.
 """
 
 import argparse
-import errno
-import json
 import logging
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from rich.console import Console
 
 from projects.twhin import evaluate, export, planted
 from projects.twhin.config import DataConfig, TwhinConfig
@@ -37,8 +30,7 @@ from projects.twhin.data import (
     read_batches,
 )
 from projects.twhin.model import TwhinModel, table_specs
-from tml import checkpoint, distributed, logs
-from tml.checkpoint import CheckpointError
+from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.parquet import DataError, ParquetRows, Position
 from tml.data.prefetch import prefetch
@@ -47,11 +39,10 @@ from tml.embeddings import ArrayRows, build_tables
 from tml.logs import MetricLog
 from tml.machines import container
 from tml.optimizers import build_dense_optimizer, set_learning_rate
-from tml.train import DivergedError, Loop, Progress, StepResult
+from tml.train import Loop, Progress, StepResult
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
 VECTORS = "vectors"
 
 
@@ -92,11 +83,7 @@ def run(
 
         # Run folder.
         if job.is_chief:
-            if overwrite:
-                _remove_run(save_dir)
-            elif repeat and _is_finished(save_dir):
-                _move_aside(save_dir)
-            save_dir.mkdir(parents=True, exist_ok=True)
+            run_folder.make_room(save_dir, {VECTORS}, overwrite=overwrite, repeat=repeat)
         distributed.barrier()
         log = MetricLog(save_dir, job.rank)
 
@@ -110,23 +97,27 @@ def run(
 
         # Resuming is the normal path: a run starts from its last complete step folder where there
         # is one.
-        progress = Progress()
+        position, progress = Position(), Progress()
         if steps := checkpoint.complete_steps(save_dir):
             folder = save_dir / str(steps[-1])
-            progress = Progress.from_json(checkpoint.load_meta(folder), chief=job.is_chief)
+            meta = checkpoint.load_meta(folder)
+            position = Position.from_json(meta["data_position"])
+            progress = Progress.from_json(meta, position, chief=job.is_chief)
             checkpoint.load(folder, state)
-            _announce_changes(folder, config)
+            run_folder.announce_changes(folder, config)
             log.say(f"resuming {save_dir} at step {progress.step:,}")
         else:
             _initialise(config, tables.fill, state)
         log.rewind(progress.step)
         if job.is_chief:
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
-        total_steps = progress.step + reader.steps_from(progress.position)
+        total_steps = progress.step + reader.steps_from(position)
         if config.training.num_train_steps is not None:
             total_steps = max(progress.step, min(total_steps, config.training.num_train_steps))
         if job.is_chief and progress.step < total_steps:
-            (save_dir / METRICS).unlink(missing_ok=True)  # of the run before it was prolonged
+            (save_dir / run_folder.METRICS).unlink(
+                missing_ok=True
+            )  # of the run before it was prolonged
         log.say(_describe(config, job, reader.rows.num_rows, total_steps))
         if progress.step and progress.step >= total_steps:
             log.say(
@@ -145,13 +136,14 @@ def run(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 or step == progress_at_start:
-                log.say(f"first step done {_seconds_since_start():.1f} s after the process started")
+                elapsed = run_folder.seconds_since_start()
+                log.say(f"first step done {elapsed:.1f} s after the process started")
             return StepResult(loss_sum.detach(), batch.num_edges_all, rates)
 
         progress_at_start = progress.step
 
         def save(progress: Progress) -> None:
-            meta = {**progress.to_json(), **_meta(job)}
+            meta = {**progress.to_json(), **run_folder.provenance(job)}
             keep = config.training.checkpoint_max_to_keep
             checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep)
 
@@ -170,7 +162,7 @@ def run(
             validate=validate,
             validate_every=config.training.eval_log_every_n,
         )
-        batches = read_batches(reader, layout, data, job, seed, progress.position, progress.step)
+        batches = read_batches(reader, layout, data, job, seed, position, progress.step)
         with prefetch(batches) as ahead:
             stopped_by = loop.run(ahead, progress)
         if stopped_by is not None:
@@ -192,8 +184,10 @@ def run(
             if job.is_chief:
                 log.console.print(evaluate.render(report))
                 log.write("metrics", {"step": progress.step, **report})
-                _write_json(save_dir / METRICS, {"step": progress.step, **report})
-                log.say(f"metrics: {save_dir / METRICS}")
+                run_folder.write_json(
+                    save_dir / run_folder.METRICS, {"step": progress.step, **report}
+                )
+                log.say(f"metrics: {save_dir / run_folder.METRICS}")
         distributed.barrier()
         return None
 
@@ -263,27 +257,6 @@ def _announce_ignored(config: TwhinConfig) -> None:
             logger.warning("test_data.%s is set but not used: test edges are only ranked", name)
 
 
-def _announce_changes(folder: Path, config: TwhinConfig) -> None:
-    """Say which settings differ from those of the checkpoint that the run goes on from."""
-    before = _flatten(load_config(TwhinConfig, folder / checkpoint.CONFIG).model_dump(mode="json"))
-    now = _flatten(config.model_dump(mode="json"))
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            logger.warning(
-                "config has changed since the checkpoint: %s %s → %s",
-                key,
-                before.get(key),
-                now.get(key),
-            )
-
-
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, item in items for k, v in _flatten(item, f"{path}.{key}").items()}
-    return {path[1:]: tree}
-
-
 def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -> str:
     tables = config.model.embeddings.tables
     rows = ", ".join(f"{table.num_embeddings:,} {table.name}" for table in tables)
@@ -293,54 +266,6 @@ def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -
         f"{tables[0].embedding_dim}; {total_steps:,} steps of {config.training.num_epochs} epochs; "
         f"{processes} on {job.device.type}"
     )
-
-
-def _meta(job: Job) -> dict[str, Any]:
-    packages = ("torch", "numpy", "pyarrow")
-    versions = {name: version(name) for name in packages}
-    versions["python"] = ".".join(map(str, sys.version_info[:3]))
-    return {"time": time.time(), "world_size": job.world_size, "versions": versions}
-
-
-def _run_files(save_dir: Path) -> list[Path]:
-    """What a run leaves in its folder; nothing else is ever removed or moved."""
-    if not save_dir.is_dir():
-        return []
-    names = {"metrics.jsonl", METRICS, checkpoint.CONFIG, VECTORS}
-    return [
-        path
-        for path in save_dir.iterdir()
-        if path.name in names or (path.name.isdigit() and checkpoint.is_ours(path))
-    ]
-
-
-def _remove_run(save_dir: Path) -> None:
-    for path in _run_files(save_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_finished(save_dir: Path) -> bool:
-    return (save_dir / METRICS).exists()
-
-
-def _move_aside(save_dir: Path) -> None:
-    number = next(n for n in range(1, 1 << 20) if not Path(f"{save_dir}.{n}").exists())
-    target = Path(f"{save_dir}.{number}")
-    target.mkdir()
-    # metrics.json last: it is what says that the run is finished.
-    for path in sorted(_run_files(save_dir), key=lambda path: path.name == METRICS):
-        path.rename(target / path.name)
-    logger.info("the finished run was moved to %s", target)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _seconds_since_start() -> float:
-    return time.time() - float(psutil.Process().create_time())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,46 +298,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no_evaluation", action="store_true", help="train and export only")
     arguments = parser.parse_args(argv)
-    save_dir = arguments.save_dir
-    try:
+
+    def train() -> int | None:
         base = arguments.graph
         if base is not None and base.is_dir():
             base = base / "graph.yaml"
         config = load_config(TwhinConfig, arguments.config_yaml_path, arguments.overrides, base)
-        save_dir = save_dir or config.training.save_dir
+        save_dir = arguments.save_dir or config.training.save_dir
         if save_dir is None:
             raise ConfigError("no run folder: give --save_dir or set training.save_dir")
-        stopped_by = run(
+        return run(
             config,
             Path(save_dir),
             overwrite=arguments.overwrite_save_dir,
             repeat=arguments.repeat,
             evaluates=not arguments.no_evaluation,
         )
-    except (ConfigError, DataError, CheckpointError, DivergedError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        what = f"{error.strerror or error}: {error.filename or save_dir}"
-        if error.errno == errno.ENOSPC:
-            what += "; make room and start the same command again"
-        return _fail(what)
-    except RuntimeError as error:
-        if not _is_orphaned(error):
-            raise
-        return 3
-    return 0 if stopped_by is None else 128 + stopped_by
 
-
-def _is_orphaned(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process, which has said why, is gone."""
-    return "closed by peer" in str(error) or "Connection reset" in str(error)
-
-
-def _fail(message: str) -> int:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"error: {message}", markup=False, style="red"
-    )
-    return 2
+    return program.exit_code(train, arguments.save_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""The run folder (save_dir): what a run leaves there, and how an earlier run makes room.
+
+A run owns its step folders, metrics.jsonl, metrics.json, config.yaml and the extra names that its
+project gives; nothing else is ever removed or moved.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tml import checkpoint
+from tml.config import Config, load_config
+from tml.distributed import Job
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+"""What was measured at the end; it is written last, so a run that has it is finished."""
+
+
+def make_room(
+    save_dir: Path, extra: Collection[str], *, overwrite: bool = False, repeat: bool = False
+) -> None:
+    """Make save_dir ready for a run: one process calls it.
+
+    extra: names below save_dir that the project writes. overwrite: an earlier run is removed;
+    repeat: a finished one is moved to `<save_dir>.<n>`.
+    """
+    if overwrite:
+        for path in _run_files(save_dir, extra):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif repeat and is_finished(save_dir):
+        _move_aside(save_dir, extra)
+    save_dir.mkdir(parents=True, exist_ok=True)
+
+
+def is_finished(save_dir: Path) -> bool:
+    """Whether a run here has come to its end."""
+    return (save_dir / METRICS).exists()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that the file is whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """Time, world size and versions, for meta.json."""
+    packages = ("torch", "numpy", "pyarrow")
+    versions = {name: version(name) for name in packages}
+    versions["python"] = ".".join(map(str, sys.version_info[:3]))
+    return {"time": time.time(), "world_size": job.world_size, "versions": versions}
+
+
+def announce_changes(folder: Path, config: Config) -> None:
+    """Say which settings differ from those of the step folder that the run goes on from."""
+    saved = load_config(type(config), folder / checkpoint.CONFIG)
+    before = _flatten(saved.model_dump(mode="json"))
+    now = _flatten(config.model_dump(mode="json"))
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            logger.warning(
+                "config has changed since the checkpoint: %s %s → %s",
+                key,
+                before.get(key),
+                now.get(key),
+            )
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process began."""
+    return time.time() - float(psutil.Process().create_time())
+
+
+def _run_files(save_dir: Path, extra: Collection[str]) -> list[Path]:
+    if not save_dir.is_dir():
+        return []
+    names = {"metrics.jsonl", METRICS, checkpoint.CONFIG, *extra}
+    return [
+        path
+        for path in save_dir.iterdir()
+        if path.name in names or (path.name.isdigit() and checkpoint.is_ours(path))
+    ]
+
+
+def _move_aside(save_dir: Path, extra: Collection[str]) -> None:
+    number = next(n for n in range(1, 1 << 20) if not Path(f"{save_dir}.{n}").exists())
+    target = Path(f"{save_dir}.{number}")
+    target.mkdir()
+    # metrics.json last: it is what says that the run is finished.
+    for path in sorted(_run_files(save_dir, extra), key=lambda path: path.name == METRICS):
+        path.rename(target / path.name)
+    logger.info("the finished run was moved to %s", target)
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, item in items for k, v in _flatten(item, f"{path}.{key}").items()}
+    return {path[1:]: tree}
