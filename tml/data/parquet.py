@@ -1,5 +1,8 @@
-"""Parquet → arrays of integers: all of it (`read_columns`) or shuffled batches in bounded memory
+"""Parquet → arrays: all of it (`read_columns`) or shuffled batches in bounded memory
 (`ShuffledReader`).
+
+What a column holds is said by its `Kind`: whole numbers, numbers, vectors (all rows of one width)
+or lists (`Lists`).
 
 Order of an epoch. The rows [offset, offset + limit) of the files, in order of their names, lie in
 row groups. The row groups are put in random order and gathered into windows of about `window_rows`
@@ -8,12 +11,15 @@ rows; the rows of a window are put in random order. The result is one global ord
 stretches differ by at most one row, so every row is read once in an epoch, and a process reads
 little more than its own share of the files.
 
+Without shuffling, the order is that of the files.
+
 A position is the list of stretches that no process has read yet. It can be taken up by any number
 of processes.
 """
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-Columns = dict[str, NDArray[np.int64]]
+Columns = dict[str, Any]
+"""Name → array with a row an item, (n,) or (n, width), or `Lists`."""
 Interval = tuple[int, int]
 Check = Callable[[Columns, str, int], None]
 """Called with columns, the file they are from and the number of their first row there; raises
@@ -33,6 +40,166 @@ DataError.
 
 class DataError(ValueError):
     """Data that its owner has to mend; the message says which file, what and how."""
+
+
+class RowError(ValueError):
+    """A value that a `Kind` refuses; `row` counts from the first row that was given to it."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Lists:
+    """n lists of numbers, end to end; rows are chosen as those of an array are."""
+
+    values: NDArray[Any]  # (total,)
+    offsets: NDArray[np.int64]  # (n + 1,) list i is values[offsets[i]:offsets[i + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> "Lists":
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                stop = max(start, stop)
+                offsets = self.offsets[start : stop + 1]
+                return Lists(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        rows = np.arange(len(self))[rows]
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Lists(self.values[np.repeat(self.offsets[rows], lengths) + within], offsets)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a column holds, and how it becomes an array."""
+
+    name: str
+    """For messages: "integers"."""
+    accepts: Callable[[pa.DataType], bool]
+    decode: Callable[[pa.ChunkedArray], Any]
+    """Column → array or Lists with as many rows; raises RowError."""
+    remedy: str = "mend the column, or say otherwise what it holds"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of the files, and what is made of it."""
+
+    column: str
+    kind: Kind
+
+
+def _is_boolean_or_integer(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(_is_boolean_or_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _to_integers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    if column.null_count:
+        raise RowError(int(np.argmax(column.is_null().to_numpy())), "is null; a value is needed")
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def _to_numbers(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    if column.null_count:  # null → NaN
+        column = column.cast(pa.float64())
+    return np.asarray(column.to_numpy(), dtype=np.float32)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _to_lists(column: pa.ChunkedArray) -> Lists:
+    array = _joined(column)
+    values = array.flatten()  # leaves out what belongs to nulls
+    if values.null_count:
+        at = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
+        raise RowError(_row_of(array, at), "holds a list with a null in it; leave it out")
+    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Lists(values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False), offsets)
+
+
+def _row_of(array: pa.Array, value: int) -> int:
+    """Row of an array of lists that holds the value number `value`."""
+    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return int(np.searchsorted(np.cumsum(lengths), value, side="right"))
+
+
+INTEGERS = Kind(
+    "integers",
+    lambda kind: bool(pa.types.is_integer(kind)),
+    _to_integers,
+    "names are turned into ids by projects/twhin/prepare.py",
+)
+"""(n,) int64; a null is refused."""
+NUMBERS = Kind("numbers", _is_number, _to_numbers)
+"""(n,) float32; null → NaN."""
+INTEGER_LISTS = Kind(
+    "lists of integers",
+    lambda kind: _is_list(kind) and bool(pa.types.is_integer(kind.value_type)),
+    _to_lists,
+)
+"""Lists of int64; null → the empty list, a null in a list is refused."""
+
+
+def vectors(width: int) -> Kind:
+    """Lists of numbers that all have `width`: (n, width) float32; null → a row of zeros."""
+
+    def accepts(kind: pa.DataType) -> bool:
+        if not (_is_list(kind) and _is_number(kind.value_type)):
+            return False
+        return not pa.types.is_fixed_size_list(kind) or kind.list_size == width
+
+    def decode(column: pa.ChunkedArray) -> NDArray[np.float32]:
+        array = _joined(column)
+        present = array.is_valid().to_numpy(zero_copy_only=False)
+        if not pa.types.is_fixed_size_list(array.type):
+            lengths = array.value_lengths().fill_null(width).to_numpy(zero_copy_only=False)
+            if (wrong := lengths != width).any():
+                row = int(np.argmax(wrong))
+                raise RowError(row, f"is a list of {lengths[row]}; lists of {width} are needed")
+        values = array.flatten()  # leaves out what belongs to nulls
+        if values.null_count:
+            values = values.cast(pa.float64())
+        numbers: NDArray[np.float32] = np.asarray(values, dtype=np.float32).reshape(-1, width)
+        if present.all():
+            return numbers
+        whole = np.zeros((len(array), width), dtype=np.float32)
+        whole[present] = numbers
+        return whole
+
+    return Kind(f"lists of {width} numbers", accepts, decode)
+
+
+def concatenate(parts: Sequence[Any]) -> Any:
+    """Arrays, or Lists, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not isinstance(parts[0], Lists):
+        return np.concatenate(parts)
+    ends = itertools.accumulate(part.offsets[-1] for part in parts)
+    starts = itertools.chain([0], ends)
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    return Lists(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([[0], *offsets]).astype(np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -48,23 +215,35 @@ class Piece:
 
 
 class ParquetRows:
-    """The rows [offset, offset + limit) of the files that match `pattern`, as pieces of row
-    groups.
+    """The rows [offset, offset + limit) of the files, as pieces of row groups.
+
+    files: a glob, or the files' paths. columns: names of columns of integers, or name → Field.
     """
 
     def __init__(
-        self, pattern: str, columns: Sequence[str], offset: int = 0, limit: int | None = None
+        self,
+        files: str | Sequence[str],
+        columns: Sequence[str] | Mapping[str, Field],
+        offset: int = 0,
+        limit: int | None = None,
     ) -> None:
-        self.pattern = pattern
-        self.columns = tuple(columns)
+        if not isinstance(columns, Mapping):
+            columns = {name: Field(name, INTEGERS) for name in columns}
+        self.fields = dict(columns)
+        self.columns = tuple(self.fields)
+        self.pattern = files if isinstance(files, str) else ", ".join(files)
         self._metadata: dict[str, Any] = {}
-        paths = sorted(glob.glob(pattern, recursive=True))
+        self._types: dict[str, pa.DataType] = {}
+        found = glob.glob(files, recursive=True) if isinstance(files, str) else files
+        paths = sorted(found)
         if not paths:
-            raise DataError(f"no file matches {pattern}; check the path, or make the data first")
+            raise DataError(
+                f"no file matches {self.pattern}; check the path, or make the data first"
+            )
         self.pieces = list(self._cut(paths, offset, offset + limit if limit else None))
         self.num_rows = sum(piece.num_rows for piece in self.pieces)
         if not self.num_rows:
-            raise DataError(f"no row is left of {pattern} (offset {offset}, limit {limit})")
+            raise DataError(f"no row is left of {self.pattern} (offset {offset}, limit {limit})")
 
     def _cut(self, paths: Sequence[str], first: int, last: int | None) -> Iterator[Piece]:
         position = 0
@@ -86,17 +265,19 @@ class ParquetRows:
         except (pa.ArrowException, OSError) as error:
             raise _broken(path, error) from error
         schema = file.schema_arrow
-        for column in self.columns:
+        for field in self.fields.values():
+            column, kind = field.column, field.kind
             if column not in schema.names:
+                needed = dict.fromkeys(field.column for field in self.fields.values())
                 raise DataError(
                     f"{path} has no column {column!r}; it has {', '.join(schema.names) or 'none'}; "
-                    f"needed are {', '.join(self.columns)}"
+                    f"needed are {', '.join(needed)}"
                 )
-            if not pa.types.is_integer(schema.field(column).type):
+            self._types.setdefault(column, schema.field(column).type)
+            if not kind.accepts(schema.field(column).type):
                 raise DataError(
-                    f"{path}: column {column!r} must hold integers, "
-                    f"not {schema.field(column).type}; "
-                    "names are turned into ids by projects/twhin/prepare.py"
+                    f"{path}: column {column!r} must hold {kind.name}, "
+                    f"not {schema.field(column).type}; {kind.remedy}"
                 )
         # Kept: parsing a footer of thousands of row groups again for each of them takes longer than
         # reading the rows.
@@ -104,22 +285,29 @@ class ParquetRows:
         return file.metadata
 
     def read(self, piece: Piece) -> Columns:
-        """The columns of one piece as int64 arrays of its num_rows."""
+        """The columns of one piece, each with its num_rows."""
+        names = list(dict.fromkeys(field.column for field in self.fields.values()))
         try:
             with pq.ParquetFile(piece.path, metadata=self._metadata[piece.path]) as file:
-                table = file.read_row_group(piece.row_group, columns=list(self.columns))
+                table = file.read_row_group(piece.row_group, columns=names)
         except (pa.ArrowException, OSError) as error:
             raise _broken(piece.path, error) from error
         table = table.slice(piece.start, piece.num_rows)
-        return {name: self._to_numpy(table.column(name), name, piece) for name in self.columns}
+        return {name: self._decode(table, field, piece) for name, field in self.fields.items()}
 
-    def _to_numpy(self, column: pa.ChunkedArray, name: str, piece: Piece) -> NDArray[np.int64]:
-        if column.null_count:
-            row = piece.file_row + int(np.argmax(column.is_null().to_numpy()))
-            raise DataError(
-                f"{piece.path}, row {row}: column {name!r} is null; every edge needs a value"
-            )
-        return np.asarray(column.to_numpy(), dtype=np.int64)
+    def no_rows(self) -> Columns:
+        """The columns without a row."""
+        return {
+            name: field.kind.decode(pa.chunked_array([], self._types[field.column]))
+            for name, field in self.fields.items()
+        }
+
+    def _decode(self, table: pa.Table, field: Field, piece: Piece) -> Any:
+        try:
+            return field.kind.decode(table.column(field.column))
+        except RowError as error:
+            row = piece.file_row + error.row
+            raise DataError(f"{piece.path}, row {row}: column {field.column!r} {error}") from error
 
 
 def read_columns(
@@ -174,19 +362,28 @@ class ReadBatch:
 
 
 class ShuffledReader:
-    """Yields the batches of one process; see the module's docstring for the order."""
+    """Yields the batches of one process; see the module's docstring for the order.
+
+    num_epochs: None goes on without end. min_rows: a step in which some process would have fewer
+    rows than these, which can only be the last of an epoch, is left out. shuffle: False keeps the
+    order of the files.
+    """
 
     def __init__(
         self,
         rows: ParquetRows,
         batch_size: int,
-        num_epochs: int,
+        num_epochs: int | None,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         window_rows: int = 1 << 20,
         check: Check | None = None,
+        *,
+        min_rows: int = 0,
+        shuffle: bool = True,
     ) -> None:
+        assert min_rows <= batch_size
         self.rows = rows
         self.batch_size = batch_size
         self.num_epochs = num_epochs
@@ -195,9 +392,17 @@ class ShuffledReader:
         self._world_size = world_size
         self._window_rows = window_rows
         self._check = check
+        self._min_rows = min_rows
+        self._shuffle = shuffle
+        if not self._steps(rows.num_rows):
+            raise DataError(
+                f"{rows.pattern} has {rows.num_rows:,} rows, too few for a step of {world_size} "
+                f"processes with at least {min_rows} each"
+            )
 
     def steps_from(self, position: Position) -> int:
-        """Steps from `position` to the end of the last epoch."""
+        """Steps from `position` to the end of the last epoch, where there is a last."""
+        assert self.num_epochs is not None
         if position.epoch >= self.num_epochs:
             return 0
         remaining = self._remaining(position)
@@ -206,7 +411,9 @@ class ShuffledReader:
 
     def batches(self, position: Position) -> Iterator[ReadBatch]:
         """Batches from `position` to the end of the last epoch."""
-        for epoch in range(position.epoch, self.num_epochs):
+        for epoch in itertools.count(position.epoch):
+            if self.num_epochs is not None and epoch >= self.num_epochs:
+                break
             remaining = self._remaining(position) if epoch == position.epoch else None
             yield from self._epoch(epoch, remaining or ((0, self.rows.num_rows),))
 
@@ -216,7 +423,7 @@ class ShuffledReader:
         num_steps = self._steps(_length(remaining))
         batches = self._cut_batches(self._read_order(epoch, stretches[self._rank]))
         for step in range(1, num_steps + 1):
-            columns = next(batches, None) or self._no_rows()
+            columns = next(batches, None) or self.rows.no_rows()
             read = np.minimum(step * self.batch_size, lengths)
             before = np.minimum((step - 1) * self.batch_size, lengths)
             if step == num_steps:
@@ -244,12 +451,16 @@ class ShuffledReader:
 
     def _steps(self, num_rows: int) -> int:
         longest = -(-num_rows // self._world_size)
-        return -(-longest // self.batch_size)
+        steps = -(-longest // self.batch_size)
+        least = num_rows // self._world_size - (steps - 1) * self.batch_size  # of the last step
+        return steps - (steps > 0 and least < self._min_rows)
 
     def _read_order(self, epoch: int, stretch: Sequence[Interval]) -> Iterator[Columns]:
         """The rows of `stretch` of the epoch's order, window by window."""
         pieces = self.rows.pieces
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(pieces))
+        order = np.arange(len(pieces))
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(pieces))
         start = 0
         for number, window in enumerate(self._windows([pieces[index] for index in order])):
             stop = start + sum(piece.num_rows for piece in window)
@@ -260,10 +471,20 @@ class ShuffledReader:
             ]
             if wanted:
                 columns = _read_pieces(self.rows, window, self._check)
-                mixed = np.random.default_rng([self._seed, epoch, number]).permutation(stop - start)
-                chosen = np.concatenate([mixed[a:b] for a, b in wanted])
+                chosen = self._choose(wanted, stop - start, [self._seed, epoch, number])
                 yield {name: values[chosen] for name, values in columns.items()}
             start = stop
+
+    def _choose(
+        self, wanted: Sequence[Interval], num_rows: int, seeds: list[int]
+    ) -> slice | NDArray[np.int64]:
+        """Which rows of a window of `num_rows` are read, in their order."""
+        if not self._shuffle and len(wanted) == 1:
+            return slice(*wanted[0])  # no copy
+        order = np.arange(num_rows)
+        if self._shuffle:
+            order = np.random.default_rng(seeds).permutation(num_rows)
+        return np.concatenate([order[a:b] for a, b in wanted])
 
     def _windows(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         window: list[Piece] = []
@@ -279,20 +500,18 @@ class ShuffledReader:
 
     def _cut_batches(self, stream: Iterator[Columns]) -> Iterator[Columns]:
         """Batches of batch_size rows across the seams of `stream`, and what is left at its end."""
-        held = self._no_rows()
+        held: Columns = {}
+        first = self.rows.columns[0]
         for columns in stream:
-            if len(held[self.rows.columns[0]]):
-                columns = {k: np.concatenate([held[k], values]) for k, values in columns.items()}
-            num_rows = len(columns[self.rows.columns[0]])
+            if held:
+                columns = {k: concatenate([held[k], values]) for k, values in columns.items()}
+            num_rows = len(columns[first])
             whole = num_rows - num_rows % self.batch_size
             for start in range(0, whole, self.batch_size):
                 yield {k: values[start : start + self.batch_size] for k, values in columns.items()}
-            held = {k: values[whole:] for k, values in columns.items()}
-        if len(held[self.rows.columns[0]]):
+            held = {k: values[whole:] for k, values in columns.items()} if whole < num_rows else {}
+        if held:
             yield held
-
-    def _no_rows(self) -> Columns:
-        return {name: np.empty(0, dtype=np.int64) for name in self.rows.columns}
 
 
 def split_evenly(intervals: Sequence[Interval], parts: int) -> list[tuple[Interval, ...]]:
@@ -350,7 +569,7 @@ def _read_pieces(rows: ParquetRows, pieces: Sequence[Piece], check: Check | None
         if check is not None:
             check(columns, piece.path, piece.file_row)
         read.append(columns)
-    return {name: np.concatenate([columns[name] for columns in read]) for name in rows.columns}
+    return {name: concatenate([columns[name] for columns in read]) for name in rows.columns}
 
 
 def _broken(path: str, error: Exception) -> DataError:
