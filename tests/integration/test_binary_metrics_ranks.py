@@ -1,0 +1,45 @@
+"""Metrics over processes are those of one process, to the last bit, on every process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("binary_metrics_rows.py")
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    """What each process saved."""
+    folder = folder / str(world_size)
+    folder.mkdir()
+    command = [sys.executable, "-m", "tml.torchrun", "--standalone"]
+    command += ["--nproc_per_node", str(world_size), str(SCRIPT), str(folder)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (only,) = run(tmp_path_factory.mktemp("alone"), 1)
+    return only
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_together_give_the_bits_of_one(
+    tmp_path: Path, alone: dict[str, Any], world_size: int
+) -> None:
+    found = run(tmp_path, world_size)
+    assert sum(one["own"] for one in found) == alone["own"] == 5000
+    assert found[-1]["own"] == 0
+    for one in found:
+        assert one["report"] == alone["report"]
+    assert set(alone["report"]) == {"like", "share", "report"}
+    assert alone["report"]["like"]["strata"]["odd"]["rows"] == 2500
+    assert alone["report"]["like"]["strata"]["none"]["auc"] is None
+    assert 0.8 < alone["report"]["report"]["gauc"] < 0.86
