@@ -1,0 +1,1 @@
+"""Tables of rows → the files, spec and statistics that training reads; prepare.py runs it."""
