@@ -169,7 +169,7 @@ class TFRecordReader:
                 self._end_with_fault(self._fault)
             return None
         where = np.array((starts, lengths, numbers), dtype=np.int64)
-        return Block(self._buffer, *where, path=self.path)
+        return Block(self._buffer, where[0], where[1], where[2], self.path)
 
     def _wants(self, number: int) -> bool:
         return number >= self._first and number % self._parts == self._part
