@@ -417,13 +417,14 @@ class BinaryReport:
     """Task → stratum → metric → value; empty where no strata were given."""
 
     def to_json(self) -> dict[str, Any]:
-        """{task: {metric: value or null, "strata": {stratum: {…}}}}; no key "strata" without
-        them.
-        """
-        tree: dict[str, Any] = {task: _no_nan(values) for task, values in self.tasks.items()}
-        for task, strata in self.strata.items():
-            tree[task]["strata"] = {name: _no_nan(values) for name, values in strata.items()}
-        return tree
+        """{"tasks": {task: {metric: value or null}}, "strata": {task: {stratum: {…}}}}."""
+        return {
+            "tasks": {task: _no_nan(values) for task, values in self.tasks.items()},
+            "strata": {
+                task: {name: _no_nan(values) for name, values in strata.items()}
+                for task, strata in self.strata.items()
+            },
+        }
 
 
 def _no_nan(values: Values) -> dict[str, float | None]:
@@ -474,7 +475,8 @@ class BinaryMetrics:
         scores: (B, T) probabilities; labels: (B, T) 0 or 1; weights: (B, T), at least 0; groups:
         (B,) int64, the user of each row; strata: name → (B,) bool. Any device and float type.
         Groups and the names of strata must be given in every update or in none. Raises ValueError
-        naming the task for NaN, scores outside [0, 1], other labels, bad weights.
+        naming the task for NaN, scores outside [0, 1], other labels, bad weights; ConfigError for
+        metrics that need groups where there are none.
         """
         masks = strata or {}
         self._check_shapes(scores, labels, weights, groups, masks)
@@ -507,9 +509,9 @@ class BinaryMetrics:
     def _check_presence(self, groups: Tensor | None, strata: Mapping[str, Tensor]) -> None:
         grouped = [name for name in OF_GROUPS if self.which is not None and name in self.which]
         if groups is None and grouped:
-            raise ValueError(
-                f"{', '.join(grouped)}: groups are needed; give each row's user, or leave the "
-                "metric out"
+            raise ConfigError(
+                f"the metrics {', '.join(grouped)} need the user of each row, which this data "
+                "lacks; leave them out or give the data an id to group by"
             )
         if self._scores and (groups is not None) != bool(self._groups):
             raise ValueError("groups are given in some updates and not in others")
@@ -550,8 +552,8 @@ class BinaryMetrics:
         """
         shares = _exchange(self._share())
         rank = dist.get_rank() if dist.is_initialized() else 0
-        strata = self._agree(shares)
-        is_grouped = any(share.is_grouped for share in shares)
+        agreed = self._agree(shares)
+        is_grouped, strata = agreed.is_grouped, agreed.strata
         is_weighted = any(share.is_weighted for share in shares)
         counts = [share.num_rows for share in shares]
         groups, masks = None, {}
@@ -612,12 +614,14 @@ class BinaryMetrics:
             strata=tuple(self._strata),
         )
 
-    def _agree(self, shares: "Sequence[_Share]") -> tuple[str, ...]:
-        """The names of the strata; processes that were given nothing have no say."""
+    def _agree(self, shares: "Sequence[_Share]") -> "_Share":
+        """A share that says for all whether there are groups and which strata; processes without
+        rows have no say.
+        """
         given = [share for share in shares if share.num_rows]
         if len({(share.is_grouped, frozenset(share.strata)) for share in given}) > 1:
             raise ValueError(f"the processes were given different groups or strata: {given}")
-        return given[0].strata if given else ()
+        return given[0] if given else shares[0]
 
     @staticmethod
     def _column(parts: Sequence[NDArray[Any]], number: int, dtype: Any) -> NDArray[Any]:

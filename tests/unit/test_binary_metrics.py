@@ -346,9 +346,10 @@ def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
 def test_without_rows_everything_is_nan_and_null_in_json() -> None:
     report = BinaryMetrics(TASKS).compute()
     tree = report.to_json()
-    assert set(tree["like"]) == {*binary_metrics.NAMES, "rows", "positives"}
-    assert tree["like"].pop("rows") == tree["like"].pop("positives") == 0
-    assert set(tree["like"].values()) == {None}
+    values = tree["tasks"]["like"]
+    assert set(values) == {*binary_metrics.NAMES, "rows", "positives"}
+    assert values.pop("rows") == values.pop("positives") == 0
+    assert set(values.values()) == {None}
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -357,9 +358,9 @@ def test_an_empty_stratum_is_nan() -> None:
     none = torch.zeros(2, dtype=torch.bool)
     metrics.update(torch.tensor([[0.5], [0.25]]), torch.tensor([[1], [0]]), strata={"none": none})
     tree = metrics.compute().to_json()
-    assert tree["like"]["strata"]["none"]["auc"] is None
-    assert tree["like"]["strata"]["none"]["rows"] == 0
-    assert tree["like"]["auc"] == 1
+    assert tree["strata"]["like"]["none"]["auc"] is None
+    assert tree["strata"]["like"]["none"]["rows"] == 0
+    assert tree["tasks"]["like"]["auc"] == 1
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_an_empty_stratum_is_nan() -> None:
         ({"weights": torch.tensor([[1, math.inf]])}, "weights of task report are negative or not"),
         ({"labels": torch.tensor([[1]])}, r"labels have the shape \(1, 1\); \(1, 2\) is wanted"),
         ({"groups": torch.tensor([1, 2])}, r"groups have the shape \(2,\); \(1,\) is wanted"),
-        ({"groups": None}, "gauc: groups are needed"),
+        ({"groups": None}, "metrics gauc need the user of each row"),
     ],
 )
 def test_bad_batches_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
