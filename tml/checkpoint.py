@@ -101,13 +101,14 @@ def load_meta(folder: Path) -> State:
     return meta
 
 
-def load(folder: Path, state: State) -> None:
+def load(folder: Path, state: State, *, strict: bool = False) -> None:
     """Read the tensors named in `state` into them, in place, whatever number of processes saved
     them.
 
-    Raises CheckpointError where a name is missing or a shape differs.
+    Raises CheckpointError where a name is missing or a shape differs; where strict, also when the
+    folder holds a name that `state` has not.
     """
-    _check_shapes(folder, state)
+    _check_shapes(folder, state, strict=strict)
     alone = not dist.is_initialized()
     with _torch_checkpoint(f"checkpoint {folder} cannot be read") as dcp:
         dcp.state_dict_loader.load(state, checkpoint_id=str(folder), no_dist=alone)
@@ -236,15 +237,20 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         return dict(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
 
 
-def _check_shapes(folder: Path, state: State) -> None:
+def _check_shapes(folder: Path, state: State, *, strict: bool) -> None:
     saved = _read_metadata(folder)
+    if strict and (extra := sorted(set(saved) - set(state))):
+        raise CheckpointError(
+            f"checkpoint {folder} has {_some(extra)}, which the model has not: it is of another "
+            "model; use its config, or another save_dir"
+        )
     for name, value in state.items():
         if isinstance(value, dict):
             continue
         entry = saved.get(name)
         if entry is None:
             raise CheckpointError(
-                f"checkpoint {folder} has no {name}; it has {', '.join(sorted(saved))}: "
+                f"checkpoint {folder} has no {name}; it has {_some(sorted(saved))}: "
                 "it is of another model"
             )
         if tuple(entry.size) != tuple(value.size()):
@@ -253,6 +259,11 @@ def _check_shapes(folder: Path, state: State) -> None:
                 f"{tuple(value.size())}: it is of another model; use its config, "
                 "or another save_dir"
             )
+
+
+def _some(names: list[str], shown: int = 8) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _local_bytes(value: Any) -> int:

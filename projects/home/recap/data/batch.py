@@ -112,3 +112,20 @@ class RankingBatch:
         if self.labels.device == device:
             return self
         return type(self)(**{one.name: move(getattr(self, one.name)) for one in fields(self)})
+
+
+def empty_batch(features: Features) -> RankingBatch:
+    """A batch without rows."""
+    no_ids = torch.empty(0, dtype=torch.int64)
+    width = len(features.tasks)
+    return RankingBatch(
+        continuous=torch.empty(0, features.num_continuous),
+        binary=torch.empty(0, features.num_binary),
+        discrete=torch.empty(0, features.num_discrete, dtype=torch.int64),
+        labels=torch.empty(0, width),
+        weights=torch.empty(0, width),
+        vectors={name: torch.empty(0, width) for name, width in features.vectors.items()},
+        categorical=dict.fromkeys(features.categorical, no_ids),
+        bags={name: Bag(no_ids, torch.zeros(1, dtype=torch.int64)) for name in features.bags},
+        ids=dict.fromkeys(features.ids, no_ids),
+    )

@@ -1,0 +1,394 @@
+"""Train the Heavy Ranker: config and rows in, a model and its metrics out.
+
+    torchrun --standalone --nnodes 1 --nproc_per_node 1 projects/home/recap/main.py \
+        --config_path projects/home/recap/config/local_prod.yaml
+
+The run folder (training.save_dir) gets config.yaml (resolved), metrics.jsonl (one record an
+interval), a step folder a checkpoint, evaluation/<partition>/<step>.json and metrics.json. Started
+again with the same command, a run goes on from its last complete step folder. With
+SPEC_TYPE=evaluator the same command follows the checkpoints of the run instead.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from projects.home.recap import evaluate
+from projects.home.recap.config import RecapConfig
+from projects.home.recap.data import planted
+from projects.home.recap.data.batch import Features, RankingBatch
+from projects.home.recap.data.dataset import build_dataset, describe_features
+from projects.home.recap.model.build import build_model, model_state
+from projects.home.recap.model.describe import describe
+from projects.home.recap.model.model import RankingModel
+from projects.home.recap.optimizer import RecapOptimizer
+from tml import checkpoint, distributed, logs, program, run_folder
+from tml.config import ConfigError, load_config, to_yaml
+from tml.data.prefetch import prefetch
+from tml.distributed import Job
+from tml.logs import MetricLog
+from tml.machines import container, environment
+from tml.train import Loop, Place, Progress, StepResult
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = frozenset([evaluate.FOLDER])
+"""What a run leaves beside step folders, config and metrics."""
+
+
+def run(
+    config: RecapConfig,
+    save_dir: Path,
+    *,
+    overwrite: bool = False,
+    repeat: bool = False,
+    debug: bool = False,
+) -> int | None:
+    """Train and evaluate in this process, one of the job's; returns None, or the number of the
+    signal that stopped it.
+
+    overwrite: what an earlier run left in save_dir is removed first. repeat: a finished run there
+    is moved aside. debug: no thread reads ahead, nothing is compiled, and every backward pass is
+    searched for NaN.
+    """
+    with distributed.join(config.training.eval_timeout_in_s) as job:
+        logs.set_up(job.rank)
+        _announce_ignored(config)
+        if container.vanishes(save_dir):
+            logger.warning("warning: %s", container.advice("save_dir", save_dir))
+        torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
+
+        # Data. The chief makes what is missing; the others wait.
+        if config.planted is not None and job.is_chief:
+            planted.ensure(config.planted)
+        distributed.barrier()
+        training, seed = config.training, config.training.seed
+        features = describe_features(config.train_data)
+        evaluate.check_partitions(config, features)
+        dataset = build_dataset(
+            config.train_data,
+            features,
+            job,
+            seed,
+            _rows_of_process(config, job),
+            num_epochs=training.num_epochs,
+            shuffle=True,
+            use_weights=training.downsampling_correction == "weights",
+        )
+
+        # Run folder.
+        if job.is_chief:
+            run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
+        distributed.barrier()
+        log = MetricLog(save_dir, job.rank)
+
+        # Model and optimizer; large tables carry theirs.
+        model, tables = build_model(config, features, job)
+        optimizer = RecapOptimizer(config.optimizer, model)
+        large = tables.state() if tables is not None else {}
+        state = {**model_state(model, tables), **large, **optimizer.state()}
+
+        # Resuming is the normal path: a run starts from its last complete step folder where there
+        # is one.
+        position, progress = dataset.start(), Progress(position=dataset.start())
+        if steps := checkpoint.complete_steps(save_dir):
+            folder = save_dir / str(steps[-1])
+            meta = checkpoint.load_meta(folder)
+            position = dataset.resume(meta["data_position"])
+            progress = Progress.from_json(meta, position, chief=job.is_chief)
+            checkpoint.load(folder, state, strict=True)
+            run_folder.announce_changes(folder, config)
+            log.say(f"resuming {save_dir} at step {progress.step:,}")
+        elif training.initial_checkpoint_dir is not None:
+            _warm_start(config, model_state(model, tables), log)
+        log.rewind(progress.step)
+        if job.is_chief:
+            (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
+        total_steps = _total_steps(config, progress.step, dataset.steps_from(position))
+        if job.is_chief and (total_steps is None or progress.step < total_steps):
+            (save_dir / run_folder.METRICS).unlink(missing_ok=True)  # of before it was prolonged
+        log.say(_describe(config, features, job, model, dataset.num_rows, total_steps))
+        if progress.step and progress.step == total_steps:
+            log.say(
+                f"the run is finished, nothing is left to train; --repeat moves {save_dir} aside "
+                "and trains anew, --overwrite_save_dir removes it first"
+            )
+
+        # One update: micro-batches add up to the gradient of the whole.
+        network = _replicate(model, job, compiles=config.runtime.enable_compile and not debug)
+        micro_batches = training.gradient_accumulation or 1
+        num_tasks = len(model.tasks)
+        progress_at_start = progress.step
+
+        def update(batch: RankingBatch, step: int) -> StepResult:
+            model.train()
+            batch = batch.to(job.device)
+            rows_all = int(distributed.all_reduce_sum(torch.tensor(len(batch))))
+            rates = {}
+            large_rows = {}
+            if tables is not None:
+                rates = {f"table {k}": v for k, v in tables.set_learning_rates(step).items()}
+                large_rows = model.lookup(batch)
+            # Leaves: tables are updated once, by the gradient of the whole update.
+            leaves = {k: rows.detach().requires_grad_() for k, rows in large_rows.items()}
+            statistics = model.input_statistics(batch)
+            losses = torch.zeros(num_tasks, device=job.device)
+            parts = list(_split(batch, leaves, micro_batches))
+            for number, (part, part_rows) in enumerate(parts):
+                last = number == len(parts) - 1
+                quiet = network.no_sync() if dist.is_initialized() and not last else nullcontext()
+                with quiet, _autocast(config, job):
+                    logits = network(part, part_rows, statistics)
+                    task_losses = model.losses(logits, part)
+                    # The mean over all processes' rows: DDP averages over the processes.
+                    scale = job.world_size / (rows_all * num_tasks)
+                    (task_losses.sum() * scale).backward()
+                losses += task_losses.detach()
+            if large_rows:
+                gradients = [leaf.grad for leaf in leaves.values()]
+                torch.autograd.backward(list(large_rows.values()), gradients)
+            rates |= optimizer.step(step)
+            if step == progress_at_start:
+                elapsed = run_folder.seconds_since_start()
+                log.say(f"first step done {elapsed:.1f} s after the process started")
+            return StepResult(losses.sum() / num_tasks, rows_all, rates)
+
+        def save(progress: Progress) -> None:
+            distributed.average_buffers(model)
+            meta = {
+                **progress.to_json(),
+                "data_position": distributed.gather(progress.position.to_json()),
+                **run_folder.provenance(job),
+            }
+            keep = training.checkpoint_max_to_keep
+            checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep)
+
+        def validate() -> dict[str, Any]:
+            distributed.average_buffers(model)
+            report = evaluate.evaluate_model(config, features, model, job, fits=True)
+            if job.is_chief:
+                evaluate.show(report, log.console)
+            evaluate.mark_done(save_dir, progress.step, report, job)
+            return {"partitions": report}
+
+        evaluates = bool(config.validation_data) and training.evaluated_by == "trainer"
+        loop: Loop[RankingBatch] = Loop(
+            job=job,
+            log=log,
+            update=update,
+            save=save,
+            total_steps=total_steps,
+            log_every=1 if debug else training.train_log_every_n,
+            unit="examples",
+            checkpoint_every=training.checkpoint_every_n,
+            validate=validate if evaluates else None,
+            validate_every=training.validate_every_n or training.checkpoint_every_n,
+        )
+        with torch.autograd.set_detect_anomaly(debug):
+            batches: Iterator[tuple[RankingBatch, Place]] = dataset.batches(position)
+            with nullcontext(batches) if debug else prefetch(batches) as ahead:
+                stopped_by = loop.run(ahead, progress)
+        if dataset.num_errors:
+            log.say(f"{dataset.num_errors:,} records could not be read and were left out")
+        if stopped_by is not None:
+            log.say(
+                f"stopped by signal {stopped_by} after step {progress.step:,}; saved, "
+                "start again to go on"
+            )
+            return stopped_by
+        if job.is_chief:
+            report = evaluate.read_marks(save_dir, progress.step)
+            result = {"step": progress.step, "partitions": report}
+            run_folder.write_json(save_dir / run_folder.METRICS, result)
+            log.say(f"metrics: {save_dir / run_folder.METRICS}")
+        distributed.barrier()
+        return None
+
+
+def _rows_of_process(config: RecapConfig, job: Job) -> int:
+    """Rows of one update in one process."""
+    rows = config.train_data.global_batch_size * (config.training.gradient_accumulation or 1)
+    if rows % job.world_size:
+        raise ConfigError(
+            f"train_data.global_batch_size {config.train_data.global_batch_size} times "
+            f"gradient_accumulation cannot be shared by {job.world_size} processes evenly; "
+            "make it a multiple"
+        )
+    return rows // job.world_size
+
+
+def _split(
+    batch: RankingBatch, rows: dict[str, Tensor], parts: int
+) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
+    """The update's micro-batches, each with its rows of the large tables."""
+    start = 0
+    for part in batch.split(parts):
+        stop = start + len(part)
+        yield part, {name: values[start:stop] for name, values in rows.items()}
+        start = stop
+
+
+def _replicate(model: RankingModel, job: Job, *, compiles: bool) -> Any:
+    """The model as it is called in training: compiled, and under DDP where there are several
+    processes.
+    """
+    network: nn.Module = model
+    if compiles:
+        network = torch.compile(model)  # type: ignore[assignment]
+    if job.world_size == 1:
+        return network
+    # Statistics are equal on all processes or averaged when they are saved (average_buffers).
+    return nn.parallel.DistributedDataParallel(
+        network, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _autocast(config: RecapConfig, job: Job) -> Any:
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=config.runtime.enable_amp)
+
+
+def _total_steps(config: RecapConfig, step: int, left: int | None) -> int | None:
+    """The number of the last step; None where the data's end is not known ahead."""
+    wanted = config.training.num_train_steps
+    if left is None:
+        return None if config.training.num_epochs is not None and wanted is None else wanted
+    total = step + left
+    return total if wanted is None else max(step, min(total, wanted))
+
+
+def _warm_start(config: RecapConfig, state: dict[str, Any], log: MetricLog) -> None:
+    """Load the model, or the named parts of it, from another run's step folder."""
+    training = config.training
+    assert training.initial_checkpoint_dir is not None
+    folder = Path(training.initial_checkpoint_dir)
+    checkpoint.load_meta(folder)
+    prefixes = training.initial_checkpoint_parts
+    if prefixes is not None:
+        chosen = {}
+        for prefix in prefixes:
+            found = {
+                name: value
+                for name, value in state.items()
+                if name.startswith((f"model.{prefix}", f"tables.{prefix}"))
+            }
+            if not found:
+                parts = sorted({".".join(name.split(".")[1:3]) for name in state})
+                raise ConfigError(
+                    f"training.initial_checkpoint_parts: no parameter begins with {prefix!r}; "
+                    f"there are {', '.join(parts)}"
+                )
+            chosen |= found
+        state = chosen
+    checkpoint.load(folder, state)
+    log.say(f"starting from {folder}: {len(state):,} tensors")
+
+
+def _announce_ignored(config: RecapConfig) -> None:
+    """Name each key that is set and has no effect, once."""
+    partitions = {"train_data": config.train_data}
+    partitions |= {f"validation_data.{k}": v for k, v in config.validation_data.items()}
+    ignored: dict[str, list[str]] = {}
+    for where, partition in partitions.items():
+        for key in partition.ignored_keys():
+            ignored.setdefault(key, []).append(where)
+    for key, places in ignored.items():
+        rest = f" (and {len(places) - 1} more places)" if len(places) > 1 else ""
+        logger.warning("%s.%s is set but has no meaning here%s", places[0], key, rest)
+    if config.runtime.wandb is not None:
+        logger.warning("runtime.wandb is set but not used: metrics are in metrics.jsonl")
+    if not config.validation_data:
+        for name in ("num_eval_steps", "eval_log_every_n", "validate_every_n"):
+            if getattr(config.training, name) is not None:
+                logger.warning("training.%s is set but not used: there is no validation_data", name)
+
+
+def _describe(
+    config: RecapConfig,
+    features: Features,
+    job: Job,
+    model: RankingModel,
+    num_rows: int | None,
+    total_steps: int | None,
+) -> str:
+    rows = "" if num_rows is None else f"{num_rows:,} rows; "
+    steps = "until the data ends" if total_steps is None else f"{total_steps:,} steps"
+    batch = config.train_data.global_batch_size * (config.training.gradient_accumulation or 1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = f"{job.world_size} process{'es' if job.world_size > 1 else ''}"
+    return (
+        f"{rows}{len(model.tasks)} tasks; input of {model.input_width:,}; {parameters:,} "
+        f"parameters; {steps} of {batch:,}; {processes} on {job.device.type}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for what the caller can mend, 128 + n when
+    signal n stopped it.
+    """
+    parser = argparse.ArgumentParser(description="Train the Heavy Ranker.")
+    parser.add_argument("--config_path", required=True, help="YAML of RecapConfig's shape")
+    parser.add_argument("--save_dir", help="run folder; default: training.save_dir")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="change one setting; repeatable",
+    )
+    parser.add_argument(
+        "--overwrite_save_dir", action="store_true", help="remove an earlier run first"
+    )
+    parser.add_argument(
+        "--repeat",
+        action="store_true",
+        help="if the run in save_dir is finished, move it aside and train anew",
+    )
+    parser.add_argument(
+        "--debug_loop",
+        action="store_true",
+        help="slow and plain: no reading ahead, nothing compiled, every step logged and searched "
+        "for NaN",
+    )
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="print input width, parameters, tasks and FLOPs an example as JSON, and end",
+    )
+    arguments = parser.parse_args(argv)
+
+    def train() -> int | None:
+        config = load_config(RecapConfig, arguments.config_path, arguments.overrides)
+        if arguments.describe:
+            if config.planted is not None:
+                planted.ensure(config.planted)
+            features = describe_features(config.train_data)
+            print(json.dumps(describe(config.model, features), indent=2))
+            return None
+        save_dir = arguments.save_dir or config.training.save_dir
+        if save_dir is None:
+            raise ConfigError("no run folder: give --save_dir or set training.save_dir")
+        if environment.spec_type() == "evaluator":
+            return evaluate.follow(config, Path(save_dir))
+        return run(
+            config,
+            Path(save_dir),
+            overwrite=arguments.overwrite_save_dir,
+            repeat=arguments.repeat,
+            debug=arguments.debug_loop,
+        )
+
+    return program.exit_code(train, arguments.save_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
