@@ -201,8 +201,8 @@ class TargetEncodingConfig(Config):
     """Columns; a null in one of them knows nothing."""
     labels: list[str] | None = None
     """Tasks. Unset: all."""
-    prior: NonNegativeFloat = 20.0
-    """Rows that the mean counts for."""
+    prior: NonNegativeFloat | dict[str, NonNegativeFloat] = 20.0
+    """Rows that the mean counts for, of all labels or by task; rare labels need more."""
     fold: Literal["days", "kfold"] = "days"
     """What a training row sees. days: the training rows of earlier days; kfold: those of other
     folds, later ones too. Rows that are not trained on see all training rows.
@@ -211,6 +211,10 @@ class TargetEncodingConfig(Config):
     """Number of folds, drawn at random."""
     count: bool = True
     """Whether log1p of the number of rows is a feature too."""
+
+    def prior_of(self, task: str) -> float:
+        """The prior of one task."""
+        return self.prior[task] if isinstance(self.prior, dict) else self.prior
 
 
 class HistoryConfig(Config):
@@ -284,9 +288,13 @@ class PrepareConfig(Config):
                 "the day of each row; set time, or fold: kfold"
             )
         for encoding in self.target_encodings:
-            for task in encoding.labels or ():
+            priors = encoding.prior if isinstance(encoding.prior, dict) else {}
+            for task in [*(encoding.labels or ()), *priors]:
                 if task not in self.labels:
                     raise ValueError(f"target_encodings: {task!r} is not among the labels")
+            for task in encoding.labels or self.labels:
+                if priors and task not in priors:
+                    raise ValueError(f"target_encodings: prior gives no number for {task!r}")
         return self
 
     def label(self, task: str) -> LabelConfig:

@@ -69,7 +69,9 @@ def target_encodings(
     name, shown = "+".join(encoding.keys), seen[COUNT].to_numpy()
     for task, column in zip(tasks, sums, strict=True):
         positives = seen[column].to_numpy()
-        values = log_odds_of_rate(positives, shown, mean[column].to_numpy(), encoding.prior)
+        values = log_odds_of_rate(
+            positives, shown, mean[column].to_numpy(), encoding.prior_of(task)
+        )
         yield f"{name}:{task}", values
     if encoding.count:
         yield f"{name}:count", np.log1p(shown)
