@@ -22,7 +22,8 @@ def main(folder: Path) -> None:
     generator = torch.Generator().manual_seed(8)
     scores = (torch.rand(NUM_ROWS, 3, generator=generator) * 999).round() / 999
     labels = torch.rand(NUM_ROWS, 3, generator=generator) < scores
-    weights = torch.rand(NUM_ROWS, 3, generator=generator)
+    # Of such different sizes that every order of addition rounds otherwise.
+    weights = 10 ** (torch.rand(NUM_ROWS, 3, generator=generator) * 30 - 15)
     groups = torch.randint(-50, 50, (NUM_ROWS,), generator=generator)
     with distributed.join(60) as job:
         metrics = binary_metrics.BinaryMetrics(TASKS)

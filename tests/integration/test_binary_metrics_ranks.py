@@ -41,6 +41,6 @@ def test_processes_together_give_the_bits_of_one(
         assert one["report"] == alone["report"]
     tasks, strata = alone["report"]["tasks"], alone["report"]["strata"]
     assert list(tasks) == ["like", "share", "report"]
-    assert 0.8 < tasks["report"]["gauc"] < 0.86
+    assert 0.7 < tasks["report"]["gauc"] < 0.9
     assert strata["like"]["odd"]["rows"] == 2500
     assert strata["like"]["none"]["auc"] is None

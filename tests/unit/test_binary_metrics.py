@@ -125,6 +125,14 @@ def test_rows_of_one_score_stay_in_one_bin() -> None:
         assert binary_metrics.expected_calibration_error([0.5] * 4, labels, num_bins=4) == 0
 
 
+def test_rows_of_one_score_go_where_their_middle_lies() -> None:
+    # Middles at ½ and 2½ of 4: one in each half, gaps .2 and 3 · .2.
+    found = binary_metrics.expected_calibration_error(
+        [0.2, 0.8, 0.8, 0.8], [0, 1, 1, 1], num_bins=2
+    )
+    assert found == pytest.approx(0.2)
+
+
 def test_a_bin_is_needed() -> None:
     with pytest.raises(ValueError, match="0 bins"):
         binary_metrics.expected_calibration_error(SCORES, LABELS, num_bins=0)
@@ -305,6 +313,11 @@ def test_batches_give_what_the_functions_give_for_all_rows() -> None:
 
 def test_neither_batches_nor_the_order_of_rows_change_a_bit() -> None:
     rows = make_rows(700)
+    # Of such different sizes that every order of addition rounds otherwise.
+    rows["weights"] *= 10 ** (torch.arange(700) % 30 - 15.0)[:, None]
+    # Many rows that differ in the label alone.
+    rows["scores"] = (rows["scores"] * 3).round() / 3
+    rows["weights"][::2] = torch.tensor([0.1, 1 / 3, 1e9 / 7, 3e5 / 11]).repeat(175).view(-1, 2)
     shuffled = torch.randperm(700, generator=torch.Generator().manual_seed(0))
     first = fill(BinaryMetrics(TASKS), rows, batch=700).compute()
     other = {name: column[shuffled] for name, column in rows.items()}

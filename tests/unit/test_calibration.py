@@ -230,6 +230,8 @@ def test_platt_never_turns_the_order_round(caplog: pytest.LogCaptureFixture) -> 
     assert learned.apply([0.1, 0.9]) == pytest.approx([0.5, 0.5], abs=0.003)
     assert (np.diff(learned.apply([0.1, 0.5, 0.9])) > 0).all()
     assert "rank backwards" in caplog.text
+    learned = fit_platt([0.9, 0.8, 0.7, 0.2, 0.1], [0, 0, 0, 0, 1], prior_correction=False)
+    assert learned.apply([0.1, 0.9]) == pytest.approx([0.2, 0.2], abs=0.003)
 
 
 # Both
