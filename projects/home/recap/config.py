@@ -4,6 +4,7 @@ The keys of the published local_prod.yaml are all here; what this program adds h
 of model, data and optimizer are paired by name; where they do not match, both lists are told.
 """
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -38,8 +39,8 @@ class TrainingConfig(train.TrainingConfig):
     num_epochs: PositiveInt | None = None
     """Passes over the training rows. Unset: without end, num_train_steps then has to be set."""
     initial_checkpoint_parts: list[str] | None = None
-    """Beginnings of the names of the parameters that are taken from initial_checkpoint_dir, such
-    as `backbone` or `towers.0`. Unset: all.
+    """What is taken from initial_checkpoint_dir: `inputs` (normalisation, embeddings), `backbone`,
+    `towers`, or a task's name for its tower. Unset: all.
     """
     validate_every_n: PositiveInt | None = None
     """Steps between passes over validation_data. Unset: one at each checkpoint and at the end."""
@@ -106,6 +107,8 @@ class RecapConfig(Config):
                         f"{where}.evaluation_tasks: {task!r} is no task of the model; there are "
                         f"{', '.join(tasks)}"
                     )
+        if self.planted is not None and self.train_data.feature_spec is None:
+            raise ValueError("planted: set train_data.feature_spec, <folder>/spec.yaml")
         rates = self.optimizer.multi_task_learning_rates
         if rates is not None:
             named = list(rates.tower_learning_rates)
@@ -126,6 +129,11 @@ class RecapConfig(Config):
                 "calibration is fitted and saved by the trainer; set training.evaluated_by: trainer"
             )
         return self
+
+    def planted_folder(self) -> Path:
+        """Where the planted rows are: the folder of their spec."""
+        assert self.train_data.feature_spec is not None
+        return Path(self.train_data.feature_spec).parent
 
     def metric_names(self) -> list[str] | None:
         """`which_metrics` as a list; None: all."""

@@ -117,10 +117,21 @@ def evaluate_model(
         if name not in report and (only is None or name in only):
             report[name] = _measure(config, predict_partition(config, name, model, job))
     for name, one in report.items():
-        if config.planted is not None:
-            one["best"] = planted.best_possible(config.validation_data[name])
+        if best := _best_possible(config, config.validation_data[name]):
+            one["best"] = best
     model.train(was_training)
     return report
+
+
+def _best_possible(config: RecapConfig, partition: RecapDataConfig) -> Report:
+    """Task → metrics of the true probabilities, on the validation rows of a planted world."""
+    if config.planted is None or partition.inputs is None:
+        return {}
+    folder = config.planted_folder()
+    if Path(partition.inputs).parent != folder / "validation":
+        return {}
+    best = json.loads((folder / planted.PLANTED).read_text())["best"]
+    return {task: {name: values[name] for name in ("auc", "rce")} for task, values in best.items()}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from projects.home.recap.data.batch import Features, RankingBatch
 from projects.home.recap.data.dataset import build_dataset, describe_features
 from projects.home.recap.model.build import build_model, model_state
 from projects.home.recap.model.describe import describe
-from projects.home.recap.model.model import RankingModel
+from projects.home.recap.model.model import RankingModel, module_name
 from projects.home.recap.optimizer import RecapOptimizer
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
@@ -69,7 +69,7 @@ def run(
 
         # Data. The chief makes what is missing; the others wait.
         if config.planted is not None and job.is_chief:
-            planted.ensure(config.planted)
+            planted.ensure(config.planted, config.planted_folder())
         distributed.barrier()
         training, seed = config.training, config.training.seed
         features = describe_features(config.train_data)
@@ -271,25 +271,29 @@ def _warm_start(config: RecapConfig, state: dict[str, Any], log: MetricLog) -> N
     assert training.initial_checkpoint_dir is not None
     folder = Path(training.initial_checkpoint_dir)
     checkpoint.load_meta(folder)
-    prefixes = training.initial_checkpoint_parts
-    if prefixes is not None:
-        chosen = {}
-        for prefix in prefixes:
-            found = {
-                name: value
-                for name, value in state.items()
-                if name.startswith((f"model.{prefix}", f"tables.{prefix}"))
-            }
-            if not found:
-                parts = sorted({".".join(name.split(".")[1:3]) for name in state})
-                raise ConfigError(
-                    f"training.initial_checkpoint_parts: no parameter begins with {prefix!r}; "
-                    f"there are {', '.join(parts)}"
-                )
-            chosen |= found
-        state = chosen
+    if training.initial_checkpoint_parts is not None:
+        state = _parts(state, training.initial_checkpoint_parts, list(config.model.tasks))
     checkpoint.load(folder, state)
     log.say(f"starting from {folder}: {len(state):,} tensors")
+
+
+def _parts(state: dict[str, Any], parts: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+    """The entries of `state` that belong to the named parts."""
+    prefixes = {
+        "inputs": ("model.featurization.", "model.small.", "model.position.", "tables."),
+        "backbone": ("model.sharing.",),
+        "towers": ("model.towers.",),
+        **{task: (f"model.towers.{module_name(task)}.",) for task in tasks},
+    }
+    chosen: dict[str, Any] = {}
+    for part in parts:
+        if part not in prefixes:
+            raise ConfigError(
+                f"training.initial_checkpoint_parts: {part!r} is no part of the model; there are "
+                f"{', '.join(prefixes)}"
+            )
+        chosen |= {name: v for name, v in state.items() if name.startswith(prefixes[part])}
+    return chosen
 
 
 def _announce_ignored(config: RecapConfig) -> None:
@@ -370,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(RecapConfig, arguments.config_path, arguments.overrides)
         if arguments.describe:
             if config.planted is not None:
-                planted.ensure(config.planted)
+                planted.ensure(config.planted, config.planted_folder())
             features = describe_features(config.train_data)
             print(json.dumps(describe(config.model, features), indent=2))
             return None

@@ -1,15 +1,14 @@
-"""The optimizer of the ranker: one Adam, a learning rate for the backbone and one a task's tower."""
+"""The optimizer of the ranker: one Adam; a learning rate for the backbone, one for each tower."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat
-from pydantic import model_validator as validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from projects.home.recap.model.model import RankingModel
 from tml.config import Config
-from tml.optimizers import Adam, LearningRate
+from tml.optimizers import LearningRate
 
 BACKBONE = "backbone"
 """Name of the group of everything that is no tower, in records of learning rates."""
@@ -24,13 +23,22 @@ class MultiTaskLearningRates(Config):
     """Task → schedule; every task of the model is named."""
 
 
+class AdamConfig(Config):
+    """Adam (Kingma and Ba 2014); its learning rates are given beside it."""
+
+    beta_1: float = Field(0.95, ge=0, lt=1)
+    beta_2: float = Field(0.999, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-7
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient."""
+
+
 class RecapOptimizerConfig(Config):
     """Adam and its learning rates."""
 
     exactly_one_of: ClassVar = (("multi_task_learning_rates", "single_task_learning_rate"),)
 
-    adam: Adam = Adam(beta_1=0.95, beta_2=0.999, epsilon=1e-7)
-    """Its own `lr` is not used."""
+    adam: AdamConfig = AdamConfig()
     multi_task_learning_rates: MultiTaskLearningRates | None = None
     single_task_learning_rate: LearningRate | None = None
     """One schedule for everything."""
@@ -38,15 +46,6 @@ class RecapOptimizerConfig(Config):
     """Largest norm of the gradient of all dense parameters together; a longer one is scaled down.
     Unset: not clipped.
     """
-
-    @validator(mode="after")
-    def _check(self) -> Self:
-        if "lr" in self.adam.model_fields_set:
-            raise ValueError(
-                "adam.lr would not be used; set multi_task_learning_rates or "
-                "single_task_learning_rate"
-            )
-        return self
 
     def learning_rates_at(self, tasks: tuple[str, ...], step: int) -> dict[str, float]:
         """Group → learning rate of the update number `step`, counted from 0."""

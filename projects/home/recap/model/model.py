@@ -90,7 +90,7 @@ class RankingModel(nn.Module):
         self.sharing = Sharing(config, self.input_width, dims)
         self.towers = nn.ModuleDict(
             {
-                _key(task): Tower(task, tower, self.sharing.width_out)
+                module_name(task): Tower(task, tower, self.sharing.width_out)
                 for task, tower in config.tasks.items()
             }
         )
@@ -202,7 +202,7 @@ class RankingModel(nn.Module):
 
     def tower_parameters(self, task: str) -> list[nn.Parameter]:
         """Parameters of one task alone: its tower and, with share_none, its own backbone."""
-        own = list(self.towers[_key(task)].parameters())
+        own = list(self.towers[module_name(task)].parameters())
         if self.sharing.own:
             own += self.sharing.own[self.tasks.index(task)].parameters()
         return own
@@ -223,6 +223,6 @@ def _label_columns(model_tasks: tuple[str, ...], data_tasks: tuple[str, ...]) ->
     return [data_tasks.index(task) for task in model_tasks]
 
 
-def _key(task: str) -> str:
+def module_name(task: str) -> str:
     """Name of a task as a module, which may hold no dot and not be a dictionary's method."""
     return "task_" + task.replace(".", "__")
