@@ -19,6 +19,7 @@ Almost all of these metrics depend on nothing but how much weight of positives a
 at each distinct score: rows are sorted once into such a `Tally`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -691,25 +692,23 @@ def _gather(own: NDArray[Any], counts: Sequence[int], to: int) -> NDArray[Any] |
 
 # What a person sees
 
+# Together less than 60 characters wide: on a terminal of 80 there is room for names of tasks.
 _SHOWN = {
     "auc": ("auc", ".4f"),
-    "rce": ("rce", ".2f"),
-    "nrce": ("nrce", ".2f"),
-    "log_loss": ("logloss", ".5f"),
-    "ctr": ("ctr", ".5f"),
-    "calibration": ("calib", ".3f"),
-    "ece": ("ece", ".5f"),
     "pr_auc": ("pr_auc", ".4f"),
     "gauc": ("gauc", ".4f"),
-    "gauc_by_rows": ("gauc/rows", ".4f"),
+    "rce": ("rce", ".2f"),
+    "ctr": ("ctr", ".4f"),
+    "calibration": ("calib", ".3f"),
+    "ece": ("ece", ".4f"),
     "rows": ("rows", ",.0f"),
-    "positives": ("positives", ",.0f"),
 }
 
 
 def render(report: BinaryReport, title: str | None = None) -> Table:
-    """A table of a row a task, its strata below it; "–" for what cannot be said. Metrics that no
-    task has are left out.
+    """A table of a row a task, its strata below it, for a terminal of 80 columns: the metrics that
+    tell most; "–" for what cannot be said. Metrics that no task has are left out, and so is what
+    the names of all tasks begin with.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
@@ -721,9 +720,10 @@ def render(report: BinaryReport, title: str | None = None) -> Table:
     ]
     for name in present:
         table.add_column(_SHOWN[name][0], justify="right", no_wrap=True)
+    common = _common_words(list(report.tasks))
     for task, values in report.tasks.items():
         strata = report.strata.get(task, {})
-        table.add_row(_shown_name(task), *_cells(values, present))
+        table.add_row(_shown_name(task.removeprefix(common)), *_cells(values, present))
         for stratum, own in strata.items():
             table.add_row(f"  {_shown_name(stratum)}", *_cells(own, present))
         if strata:
@@ -744,3 +744,12 @@ def _cells(values: Values, names: Sequence[str]) -> list[str]:
 def _shown_name(name: str) -> str:
     """The name, or the end of a long one: it tells more than the beginning."""
     return name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
+
+
+def _common_words(names: Sequence[str]) -> str:
+    """What several dotted names have in common at their beginning: "recap.engagement."."""
+    if len(names) < 2:
+        return ""
+    pairs = zip(min(names), max(names), strict=False)
+    common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return common[: common.rfind(".") + 1]

@@ -255,7 +255,8 @@ class Loop(Generic[BatchT]):
         self.log.write("validation", {"step": step, **record})
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         shown = "  ".join(f"{name} {value:.6f}" for name, value in numbers.items())
-        self.log.say(f"     validation at step {step:,}: {shown}")
+        if numbers:
+            self.log.say(f"     validation at step {step:,}: {shown}")
 
 
 class _Ahead(Generic[BatchT]):

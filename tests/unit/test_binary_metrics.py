@@ -420,10 +420,10 @@ def test_the_table_shows_a_row_a_task_and_its_strata() -> None:
     with console.capture() as shown:
         console.print(binary_metrics.render(report))
     lines = [line.split() for line in shown.get().splitlines()]
-    assert lines[0][:4] == ["task", "auc", "rce", "nrce"]
+    assert lines[0][:4] == ["task", "auc", "pr_auc", "gauc"]
     assert [line[0] for line in lines[2:] if line] == ["like", "old", "report", "old"]
     # Rows 0, 7, …, 497 have no weight.
-    assert lines[2][-2:] == ["428", str(report.tasks["like"]["positives"])]
+    assert lines[2][-1] == "428"
     assert lines[2][1] == f"{report.tasks['like']['auc']:.4f}"[1:]
 
 
@@ -432,4 +432,19 @@ def test_the_table_leaves_out_what_no_task_has() -> None:
     metrics.update(torch.tensor([[0.5], [0.25]]), torch.tensor([[0], [0]]))
     table = binary_metrics.render(metrics.compute())
     headings = [str(column.header) for column in table.columns]
-    assert headings == ["task", "logloss", "ctr", "ece", "rows", "positives"]
+    assert headings == ["task", "ctr", "ece", "rows"]
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    tasks = ["recap.engagement.is_good_clicked_convo_desc_v2", "recap.engagement.is_replied"]
+    metrics = BinaryMetrics(tasks)
+    random = np.random.default_rng(0)
+    scores, labels = torch.from_numpy(random.random((2, 900, 2))).unbind()
+    metrics.update(scores, (labels < scores).int(), groups=torch.arange(900) % 9)
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(binary_metrics.render(metrics.compute(), "validation"))
+    text = shown.get()
+    assert "is_replied" in text
+    assert "recap.engagement" not in text
+    assert "…" not in text

@@ -257,9 +257,12 @@ def _calibrate(
         x, mapped = fit(p, y, w).knots(model.num_calibration_knots)
         model.set_calibration(task, torch.from_numpy(x), torch.from_numpy(mapped))
         if learned.folds > 1:
-            out_of_fold[:, column] = calibration.cross_fitted(
-                p, y, learned.folds, config.training.seed, learned.kind, w
-            )
+            try:
+                out_of_fold[:, column] = calibration.cross_fitted(
+                    p, y, learned.folds, config.training.seed, learned.kind, w
+                )
+            except ValueError as error:  # a fold without one of the labels
+                logger.warning("%s cannot be measured out of fold: %s", task, error)
     # Every process holds all rows here, and metrics are computed over processes: one gives them.
     groups = None
     if predictions.groups is not None:
@@ -282,12 +285,12 @@ def show(report: Report, console: Console) -> None:
             console.print(_table(one["out_of_fold"], f"{name}, calibrated (out of fold)"))
         for task, best in one.get("best", {}).items():
             values = one["tasks"].get(task, {})
-            parts = [
-                f"{metric} {values[metric]:.4f} of {value:.4f} ({values[metric] / value:.1%})"
+            shares = [
+                f"{values[metric] / value:.1%} of the best possible {metric} ({value:.4g})"
                 for metric, value in best.items()
                 if values.get(metric) is not None
             ]
-            console.print(f"{task}: of the best possible: {', '.join(parts)}", markup=False)
+            console.print(f"{task}: {', '.join(shares)}", markup=False)
 
 
 def _table(one: Report, title: str) -> Any:

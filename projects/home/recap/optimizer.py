@@ -26,8 +26,8 @@ class MultiTaskLearningRates(Config):
 class AdamConfig(Config):
     """Adam (Kingma and Ba 2014); its learning rates are given beside it."""
 
-    beta_1: float = Field(0.95, ge=0, lt=1)
-    beta_2: float = Field(0.999, ge=0, lt=1)
+    beta_1: float = Field(default=0.95, ge=0, lt=1)
+    beta_2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-7
     weight_decay: NonNegativeFloat = 0.0
     """L2 penalty, added to the gradient."""

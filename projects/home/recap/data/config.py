@@ -16,9 +16,9 @@ from tml.config import Config
 class TaskData(Config):
     """How the rows of one label were sampled before they were written."""
 
-    pos_downsampling_rate: float = Field(1.0, gt=0, le=1)
+    pos_downsampling_rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the positive rows that were kept."""
-    neg_downsampling_rate: float = Field(1.0, gt=0, le=1)
+    neg_downsampling_rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the negative rows that were kept."""
 
 
