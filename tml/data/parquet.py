@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 Columns = dict[str, Any]
 """Name → array with a row an item, (n,) or (n, width), or `Lists`."""
 Interval = tuple[int, int]
+Rows = range | NDArray[np.int64]
+"""Rows of a window, in the order in which they are read."""
 Check = Callable[[Columns, str, int], None]
 """Called with columns, the file they are from and the number of their first row there; raises
 DataError.
@@ -455,8 +457,12 @@ class ShuffledReader:
         least = num_rows // self._world_size - (steps - 1) * self.batch_size  # of the last step
         return steps - (steps > 0 and least < self._min_rows)
 
-    def _read_order(self, epoch: int, stretch: Sequence[Interval]) -> Iterator[Columns]:
-        """The rows of `stretch` of the epoch's order, window by window."""
+    def _read_order(
+        self, epoch: int, stretch: Sequence[Interval]
+    ) -> Iterator[tuple[Columns, Rows]]:
+        """The windows that hold `stretch` of the epoch's order, and which of their rows those
+        are.
+        """
         pieces = self.rows.pieces
         order = np.arange(len(pieces))
         if self._shuffle:
@@ -471,16 +477,13 @@ class ShuffledReader:
             ]
             if wanted:
                 columns = _read_pieces(self.rows, window, self._check)
-                chosen = self._choose(wanted, stop - start, [self._seed, epoch, number])
-                yield {name: values[chosen] for name, values in columns.items()}
+                yield columns, self._choose(wanted, stop - start, [self._seed, epoch, number])
             start = stop
 
-    def _choose(
-        self, wanted: Sequence[Interval], num_rows: int, seeds: list[int]
-    ) -> slice | NDArray[np.int64]:
+    def _choose(self, wanted: Sequence[Interval], num_rows: int, seeds: list[int]) -> Rows:
         """Which rows of a window of `num_rows` are read, in their order."""
         if not self._shuffle and len(wanted) == 1:
-            return slice(*wanted[0])  # no copy
+            return range(*wanted[0])  # no copy
         order = np.arange(num_rows)
         if self._shuffle:
             order = np.random.default_rng(seeds).permutation(num_rows)
@@ -498,20 +501,27 @@ class ShuffledReader:
         if window:
             yield window
 
-    def _cut_batches(self, stream: Iterator[Columns]) -> Iterator[Columns]:
-        """Batches of batch_size rows across the seams of `stream`, and what is left at its end."""
-        held: Columns = {}
-        first = self.rows.columns[0]
-        for columns in stream:
-            if held:
-                columns = {k: concatenate([held[k], values]) for k, values in columns.items()}
-            num_rows = len(columns[first])
-            whole = num_rows - num_rows % self.batch_size
-            for start in range(0, whole, self.batch_size):
-                yield {k: values[start : start + self.batch_size] for k, values in columns.items()}
-            held = {k: values[whole:] for k, values in columns.items()} if whole < num_rows else {}
-        if held:
-            yield held
+    def _cut_batches(self, stream: Iterator[tuple[Columns, Rows]]) -> Iterator[Columns]:
+        """Batches of batch_size rows across the seams of `stream`, and what is left at its end.
+
+        Rows are copied once, batch by batch: a shuffled copy of a whole window would take its
+        memory twice.
+        """
+        parts: list[Columns] = []
+        num_rows = 0
+        for columns, chosen in stream:
+            start = 0
+            while start < len(chosen):
+                part = chosen[start : start + self.batch_size - num_rows]
+                rows = slice(part.start, part.stop) if isinstance(part, range) else part
+                parts.append({name: values[rows] for name, values in columns.items()})
+                start += len(part)
+                num_rows += len(part)
+                if num_rows == self.batch_size:
+                    yield _join_columns(parts)
+                    parts, num_rows = [], 0
+        if parts:
+            yield _join_columns(parts)
 
 
 def split_evenly(intervals: Sequence[Interval], parts: int) -> list[tuple[Interval, ...]]:
@@ -569,7 +579,11 @@ def _read_pieces(rows: ParquetRows, pieces: Sequence[Piece], check: Check | None
         if check is not None:
             check(columns, piece.path, piece.file_row)
         read.append(columns)
-    return {name: concatenate([columns[name] for columns in read]) for name in rows.columns}
+    return _join_columns(read)
+
+
+def _join_columns(parts: Sequence[Columns]) -> Columns:
+    return {name: concatenate([columns[name] for columns in parts]) for name in parts[0]}
 
 
 def _broken(path: str, error: Exception) -> DataError:
