@@ -1,13 +1,12 @@
 """A planted world: rows whose labels are drawn with probabilities that are known.
 
-    logit of task t = bias_t + scale_t · z_t,
-    z_t = a_t · f(row) + g(c, user) + h(user, item) + s(bag)
+    logit of task t = bias_t + scale_t · z_t,    z_t = Σ_k m_tk · part_k + ½ · own_t
 
-f is a smooth function of the continuous and binary features with products of pairs, g lets the
-effect of two continuous features depend on the user's and the item's group, h = ⟨p_user, q_item⟩ /
-√d is a product of hidden vectors of groups, and s adds what each tag of the bag is worth. z_t is
-scaled to variance 1, so `scale` says how strong the signal is, and the bias puts the rate of
-positives at `rate`. Tasks share the parts in different mixtures.
+The parts are shared by the tasks, which mix them differently, as engagements do: a smooth function
+of the continuous and binary features with products of pairs; two numbers whose effect depends on
+the hidden group of the user and of the item; an affinity between those groups; the worth of the
+tags in the bag. own_t is linear in the numbers. z_t is scaled to variance 1, so scale_t says how
+strong the signal is, and the bias puts the rate of positives at `rate`.
 
 Since the probabilities are known, so are the best possible AUC, log-loss and RCE on the rows of
 validation: they are kept in planted.json. The true probability of a row is a column
@@ -56,8 +55,8 @@ class PlantedConfig(Config):
     """Rows to train on."""
     num_validation_rows: PositiveInt = 50_000
     """Rows to measure on."""
-    num_users: PositiveInt = 500
-    num_items: PositiveInt = 300
+    num_users: PositiveInt = 300
+    num_items: PositiveInt = 200
     num_groups: PositiveInt = 6
     """Hidden groups of users, and of items; a user's group has to be learned."""
     num_continuous: int = Field(default=12, ge=4)
@@ -67,8 +66,8 @@ class PlantedConfig(Config):
     tasks: dict[str, PlantedTask] = Field(
         default={
             "click": PlantedTask(rate=0.3),
-            "like": PlantedTask(rate=0.1),
-            "reply": PlantedTask(rate=0.06),
+            "like": PlantedTask(rate=0.15),
+            "reply": PlantedTask(rate=0.08),
         },
         min_length=1,
     )
@@ -178,15 +177,19 @@ def true_logits(config: PlantedConfig, rows: Rows) -> dict[str, Floats]:
     random = np.random.default_rng([config.seed, 1])
     user_groups = random.integers(0, config.num_groups, config.num_users)[rows.users]
     item_groups = random.integers(0, config.num_groups, config.num_items)[rows.items]
+    affinity = random.normal(size=(config.num_groups, config.num_groups))
+    parts = (
+        _unit(_of_numbers(rows, random)),
+        0.7 * _unit(_of_groups_and_numbers(rows, user_groups, item_groups, random)),
+        0.8 * _unit(affinity[user_groups, item_groups]),
+        0.5 * _unit(_of_tags(rows, random.normal(size=config.num_tags))),
+    )
     logits = {}
     for name, task in config.tasks.items():
-        parts = (
-            1.0 * _unit(_of_numbers(rows, random)),
-            0.7 * _unit(_of_groups_and_numbers(rows, user_groups, item_groups, random)),
-            0.8 * _unit(random.normal(size=(config.num_groups,) * 2)[user_groups, item_groups]),
-            0.5 * _unit(_of_tags(rows, random.normal(size=config.num_tags))),
-        )
-        logit = task.scale * _unit(np.sum(parts, axis=0))
+        mixture = random.uniform(0.5, 1.5, len(parts))
+        own = _unit(rows.hidden @ random.normal(size=rows.hidden.shape[1]))
+        mixed = [weight * part for weight, part in zip(mixture, parts, strict=True)]
+        logit = task.scale * _unit(np.sum([*mixed, 0.5 * own], axis=0))
         logits[name] = logit + _bias(logit, task.rate)
     return logits
 
