@@ -29,7 +29,8 @@ from projects.home.recap.data.batch import Features, RankingBatch
 from projects.home.recap.data.dataset import build_dataset, describe_features
 from projects.home.recap.model.build import build_model, model_state
 from projects.home.recap.model.describe import describe
-from projects.home.recap.model.model import RankingModel, module_name
+from projects.home.recap.model.model import RankingModel
+from projects.home.recap.model.towers import module_name
 from projects.home.recap.optimizer import RecapOptimizer
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml

@@ -49,7 +49,10 @@ def finite(x: Tensor) -> Tensor:
 def signed_log(x: Tensor) -> Tensor:
     """sign(x)·log1p(|x|), non-finite → 0."""
     x = finite(x)
-    return torch.copysign(torch.log1p(torch.abs(x)), x)
+    logarithm = torch.log1p(torch.abs(x))
+    if torch.compiler.is_exporting():  # ONNX has no copysign
+        return torch.sign(x) * logarithm
+    return torch.copysign(logarithm, x)
 
 
 class InputBatchNorm(nn.Module):

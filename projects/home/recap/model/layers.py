@@ -106,14 +106,28 @@ class Mlp(nn.Module):
         self._num_activated = num_activated
         self._dropout = config.dropout.rate if config.dropout else 0.0
 
+    @property
+    def first_layer(self) -> nn.Linear:
+        """The layer that sees the input."""
+        layer = self.layers[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        for number, layer in enumerate(self.layers):
-            x = layer(x)
-            if number < self._num_activated:
-                if self.norms:
-                    x = self.norms[number](x)
-                x = F.relu(x, inplace=True)
-                if self._dropout:
-                    x = F.dropout(x, self._dropout, self.training)
+        return self.after_first(self.first_layer(x))
+
+    def after_first(self, x: Tensor) -> Tensor:
+        """`forward` from the output of the first layer on."""
+        x = self._activate(x, 0)
+        for number, layer in enumerate(list(self.layers)[1:], start=1):
+            x = self._activate(layer(x), number)
         return x
+
+    def _activate(self, x: Tensor, number: int) -> Tensor:
+        if number >= self._num_activated:
+            return x
+        if self.norms:
+            x = self.norms[number](x)
+        x = F.relu(x, inplace=True)
+        return F.dropout(x, self._dropout, self.training) if self._dropout else x

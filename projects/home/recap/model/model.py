@@ -16,34 +16,14 @@ from torch.nn import functional as F
 from projects.home.recap.data.batch import Features, RankingBatch
 from projects.home.recap.model import embeddings
 from projects.home.recap.model.calibration import NUM_KNOTS, Calibration
-from projects.home.recap.model.config import ModelConfig, TaskModel
+from projects.home.recap.model.config import ModelConfig
 from projects.home.recap.model.embeddings import PositionDebias, SmallEmbeddings
 from projects.home.recap.model.featurization import Featurization, InputStatistics
-from projects.home.recap.model.multi_task import Sharing, build_network
+from projects.home.recap.model.multi_task import Sharing
+from projects.home.recap.model.towers import Towers
 from tml.config import ConfigError
 from tml.data.parquet import DataError
 from tml.embeddings import Tables
-
-
-class Tower(nn.Module):
-    """(B, width_in) → (B,): a task's network, and its affine map."""
-
-    def __init__(self, task: str, config: TaskModel, width_in: int) -> None:
-        super().__init__()
-        self.network = build_network(config, width_in)
-        if self.network.width_out != 1:
-            raise ConfigError(
-                f"model.tasks.{task}: the last width of a tower must be 1, not "
-                f"{self.network.width_out}"
-            )
-        self._affine = config.affine_map
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        logit = self.network(x).squeeze(1)
-        if self._affine is not None:
-            logit = logit.float() * self._affine.scale + self._affine.bias
-        return torch.as_tensor(logit)
 
 
 class RankingModel(nn.Module):
@@ -88,12 +68,7 @@ class RankingModel(nn.Module):
         if not self.input_width:
             raise ConfigError("model: the data has no feature that the model takes as input")
         self.sharing = Sharing(config, self.input_width, dims)
-        self.towers = nn.ModuleDict(
-            {
-                module_name(task): Tower(task, tower, self.sharing.width_out)
-                for task, tower in config.tasks.items()
-            }
-        )
+        self.towers = Towers(config.tasks, self.sharing.width_out)
         self.calibration = Calibration(self.tasks)
         weights = [tower.pos_weight for tower in config.tasks.values()]
         self.register_buffer("_pos_weights", torch.tensor(weights), persistent=False)
@@ -137,9 +112,8 @@ class RankingModel(nn.Module):
                 "micro-batch and process; raise train_data.global_batch_size"
             )
         x = self.inputs(batch, large_rows, statistics)
-        shared = self.sharing(x)
-        logits = [tower(one) for tower, one in zip(self.towers.values(), shared, strict=True)]
-        return torch.stack(logits, dim=1).float()
+        logits: Tensor = self.towers(self.sharing(x))
+        return logits
 
     def inputs(
         self,
@@ -202,7 +176,7 @@ class RankingModel(nn.Module):
 
     def tower_parameters(self, task: str) -> list[nn.Parameter]:
         """Parameters of one task alone: its tower and, with share_none, its own backbone."""
-        own = list(self.towers[module_name(task)].parameters())
+        own = list(self.towers.of(task).parameters())
         if self.sharing.own:
             own += self.sharing.own[self.tasks.index(task)].parameters()
         return own
@@ -221,8 +195,3 @@ def _label_columns(model_tasks: tuple[str, ...], data_tasks: tuple[str, ...]) ->
             f"Tasks of the model: {', '.join(model_tasks)}. Labels: {', '.join(data_tasks)}"
         )
     return [data_tasks.index(task) for task in model_tasks]
-
-
-def module_name(task: str) -> str:
-    """Name of a task as a module, which may hold no dot and not be a dictionary's method."""
-    return "task_" + task.replace(".", "__")
