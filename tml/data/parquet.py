@@ -312,6 +312,14 @@ class ParquetRows:
             raise DataError(f"{piece.path}, row {row}: column {field.column!r} {error}") from error
 
 
+def column_names(path: str) -> list[str]:
+    """The columns of one file; raises DataError."""
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(path, error) from error
+
+
 def read_columns(
     pattern: str,
     columns: Sequence[str],

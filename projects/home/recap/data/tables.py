@@ -46,11 +46,17 @@ NUM_NAMED = 5
 """Bad rows that are named in warnings; the others are counted."""
 
 Floats = NDArray[np.float32]
+_NO_VALUES: Floats = np.empty(0, dtype=np.float32)
 
 
 def describe(config: RecapDataConfig) -> Features:
     """Names and widths of what `config` reads, from its spec alone; raises ConfigError."""
     assert config.feature_spec is not None
+    if config.preprocess is not None:
+        raise ConfigError(
+            "preprocess is for TFRecords; with feature_spec, name in the spec the columns that are "
+            "read, and prepare the data anew for anything else"
+        )
     path = Path(config.feature_spec)
     spec = read_spec(path)
     labels = spec.label_columns()
@@ -79,6 +85,8 @@ class TableDataset:
 
     num_epochs: None goes on without end. In training (shuffle) a step in which some process would
     have fewer than 2 rows is left out; otherwise all rows are read once, in file order.
+    use_weights: rows are weighted by the sampling rates. needs_labels: else labels are 0 where the
+    files have none.
     """
 
     def __init__(
@@ -91,6 +99,8 @@ class TableDataset:
         *,
         num_epochs: int | None,
         shuffle: bool,
+        use_weights: bool = True,
+        needs_labels: bool = True,
     ) -> None:
         assert config.feature_spec is not None
         self.errors: Counter[str] = Counter()
@@ -100,6 +110,11 @@ class TableDataset:
         self._spec = read_spec(path)
         self._features = describe(config)
         self._layout = layout(self._spec, config, path.parent)
+        if not needs_labels:
+            self._layout = without_absent_labels(self._layout, paths)
+        self._needs_labels = needs_labels
+        ones = dict.fromkeys(config.tasks)
+        self._rates = config if use_weights else config.model_copy(update={"tasks": ones})
         self._min_rows = MIN_TRAINING_ROWS if shuffle else 0
         rows = parquet.ParquetRows(paths, self._layout)
         window = max(config.examples_shuffle_buffer_size, WINDOW_BYTES // row_bytes(self._features))
@@ -133,30 +148,31 @@ class TableDataset:
         """This process's batches from `position`, each with the position behind it."""
         for read in self._reader.batches(position):
             columns = self._without_bad_rows(read.columns)
-            yield to_batch(columns, self._features, self._config, self._spec), read.after
+            yield to_batch(columns, self._features, self._rates, self._spec), read.after
 
     def _check(self, columns: Columns, path: str, first_row: int) -> None:
         """Refuse bad rows, or mark them by NaN in their first label."""
-        bad = np.zeros(len(columns[f"label {self._features.tasks[0]}"]), dtype=bool)
-        for name, at, message in faults(columns, self._features):
+        labels = [name for name in columns if name.startswith("label ")]
+        if not self._needs_labels:  # to predict: those that are not known do no harm
+            columns |= {name: np.nan_to_num(columns[name]) for name in labels}
+        for name, at, message in list(faults(columns, self._features)):
             column = self._layout[name].column
             row = int(np.argmax(at))
             text = f"{path}, row {first_row + row}: column {column!r} is {message(row)}"
-            if not self._config.ignore_data_errors:
+            if not self._config.ignore_data_errors or not labels:
                 raise DataError(
                     f"{text}; mend it, or set ignore_data_errors to leave such rows out"
                 )
             if sum(self.errors.values()) < NUM_NAMED:
                 logger.warning("%s; %d such rows here are left out", text, int(at.sum()))
-            bad |= at
-        if bad.any():
-            first = f"label {self._features.tasks[0]}"
-            columns[first] = np.where(bad, np.float32(np.nan), columns[first])
+            columns[labels[0]] = np.where(at, np.float32(np.nan), columns[labels[0]])
 
     def _without_bad_rows(self, columns: Columns) -> Columns:
         if not self._config.ignore_data_errors:
             return columns
-        label = columns[f"label {self._features.tasks[0]}"]
+        label = next((v for name, v in columns.items() if name.startswith("label ")), None)
+        if label is None:
+            return columns
         good = np.flatnonzero(~np.isnan(label))
         if len(good) == len(label):
             return columns
@@ -193,6 +209,16 @@ def layout(spec: FeatureSpec, config: RecapDataConfig, folder: Path) -> dict[str
     if weight := config.weight_column or spec.weight:
         fields["weight"] = Field(weight, parquet.NUMBERS)
     return fields
+
+
+def without_absent_labels(fields: dict[str, Field], paths: Sequence[str]) -> dict[str, Field]:
+    """`fields` without those labels that the first file does not have."""
+    there = parquet.column_names(paths[0])
+    return {
+        name: field
+        for name, field in fields.items()
+        if not name.startswith("label ") or field.column in there
+    }
 
 
 _IDS = Kind(
@@ -289,7 +315,7 @@ def faults(
 ) -> Iterator[tuple[str, NDArray[np.bool_], Callable[[int], str]]]:
     """What is wrong with rows: (part, rows, what row i has)."""
     for task in features.tasks:
-        label = columns[f"label {task}"]
+        label = columns.get(f"label {task}", _NO_VALUES)
         if (bad := (label != 0) & (label != 1)).any():
             yield f"label {task}", bad, partial(_label_fault, label)
     for name, limit in features.categorical.items():
@@ -329,7 +355,11 @@ def to_batch(
     columns: Columns, features: Features, config: RecapDataConfig, spec: FeatureSpec
 ) -> RankingBatch:
     """Columns of `layout`, B rows each → the rows of one step."""
-    labels = np.stack([columns[f"label {task}"] for task in features.tasks], axis=1)
+    num_rows = len(next(iter(columns.values())))
+    labels = np.zeros((num_rows, len(features.tasks)), dtype=np.float32)
+    for number, task in enumerate(features.tasks):
+        if f"label {task}" in columns:
+            labels[:, number] = columns[f"label {task}"]
     weights = row_weights(labels, features.tasks, config)
     if "weight" in columns:
         weights *= columns["weight"][:, None]

@@ -1,0 +1,89 @@
+"""The feature spec: what it refuses, and how raw values become rows."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from projects.home.recap.data.spec import (
+    FeatureSpec,
+    Vocabulary,
+    hash_values,
+    names_of,
+    num_values,
+)
+from tml.config import ConfigError, build_config
+
+
+def spec(**values: Any) -> FeatureSpec:
+    return build_config(FeatureSpec, {"labels": ["click"], **values}, "spec.yaml")
+
+
+def test_a_block_gives_a_name_for_each_of_its_numbers() -> None:
+    columns = spec(continuous=["age", {"column": "past", "width": 2}]).continuous
+    assert names_of(columns) == ("age", "past.0", "past.1")
+
+
+def test_a_label_that_is_a_feature_too_is_refused() -> None:
+    for features in (
+        {"continuous": ["click"]},
+        {"categorical": {"x": {"column": "click", "num_values": 2}}},
+        {"vectors": {"click": 3}},
+    ):
+        with pytest.raises(ConfigError, match="click: a label cannot be a feature"):
+            spec(**features)
+
+
+def test_a_categorical_feature_needs_exactly_one_way_to_rows() -> None:
+    with pytest.raises(ConfigError, match="exactly one of num_values, hash_rows, vocabulary"):
+        spec(categorical={"x": {"num_values": 3, "hash_rows": 5}})
+    with pytest.raises(ConfigError, match="exactly one of"):
+        spec(bags={"x": {}})
+
+
+def test_a_column_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="continuous: age: named twice"):
+        spec(continuous=["age", "age"])
+
+
+def test_values_become_their_row_and_all_others_row_0(tmp_path: Path) -> None:
+    pl.DataFrame({"value": ["b", "a"]}).write_parquet(tmp_path / "v.parquet")
+    vocabulary = Vocabulary.read(tmp_path / "v.parquet")
+    assert vocabulary.rows(pa.array(["a", None, "b", "c"])).tolist() == [2, 0, 1, 0]
+    assert len(vocabulary) == 3
+    one = spec(categorical={"x": {"vocabulary": "v.parquet"}}).categorical["x"]
+    assert num_values(one, tmp_path) == 3
+
+
+def test_numbers_are_known_to_a_vocabulary_as_text() -> None:
+    vocabulary = Vocabulary(pa.array(["10", "7"]))
+    assert vocabulary.rows(pa.array([7, 10, 8])).tolist() == [2, 1, 0]
+
+
+def test_a_vocabulary_that_is_not_there_is_an_error_with_its_path(tmp_path: Path) -> None:
+    one = spec(categorical={"x": {"vocabulary": "absent.parquet"}}).categorical["x"]
+    with pytest.raises(ConfigError, match=r"absent\.parquet cannot be read"):
+        num_values(one, tmp_path)
+
+
+def test_hashed_values_spread_over_rows_1_and_on_and_null_is_0() -> None:
+    rows = hash_values(pa.array(range(10_000)), 11)
+    counts = [int((rows == row).sum()) for row in range(11)]
+    assert counts[0] == 0
+    assert min(counts[1:]) > 880
+    assert max(counts[1:]) < 1120
+    assert hash_values(pa.array([None, 5], pa.int64()), 11)[0] == 0
+    assert hash_values(pa.array([None, None], pa.string()), 11).tolist() == [0, 0]
+
+
+def test_hashes_never_change() -> None:
+    # splitmix64 of 0 is 0xE220A8397B1DCDAF (Vigna's reference).
+    assert hash_values(pa.array([0]), 1001).tolist() == [0xE220A8397B1DCDAF % 1000 + 1]
+    text = hash_values(pa.array(["post", "like", "post"]), 1_000_001).tolist()
+    assert text[0] == text[2] != text[1]
+    assert (
+        text
+        == hash_values(pa.chunked_array([["post", "like", "post"]]).chunk(0), 1_000_001).tolist()
+    )
