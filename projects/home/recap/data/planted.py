@@ -57,9 +57,9 @@ class PlantedConfig(Config):
     """Rows to measure on."""
     num_users: PositiveInt = 300
     num_items: PositiveInt = 200
-    num_groups: PositiveInt = 6
+    num_groups: PositiveInt = 5
     """Hidden groups of users, and of items; a user's group has to be learned."""
-    num_continuous: int = Field(default=12, ge=4)
+    num_continuous: int = Field(default=10, ge=4)
     num_binary: int = Field(default=6, ge=2)
     num_tags: PositiveInt = 40
     """Values of the bag."""
@@ -180,8 +180,8 @@ def true_logits(config: PlantedConfig, rows: Rows) -> dict[str, Floats]:
     affinity = random.normal(size=(config.num_groups, config.num_groups))
     parts = (
         _unit(_of_numbers(rows, random)),
-        0.7 * _unit(_of_groups_and_numbers(rows, user_groups, item_groups, random)),
-        0.8 * _unit(affinity[user_groups, item_groups]),
+        0.4 * _unit(_of_groups_and_numbers(rows, user_groups, item_groups, random)),
+        0.6 * _unit(affinity[user_groups, item_groups]),
         0.5 * _unit(_of_tags(rows, random.normal(size=config.num_tags))),
     )
     logits = {}
@@ -198,9 +198,9 @@ def _of_numbers(rows: Rows, random: np.random.Generator) -> Floats:
     """A smooth function of all, products of pairs of some."""
     x, binary = rows.hidden, rows.binary
     linear = x @ random.normal(size=x.shape[1]) + binary @ random.normal(size=binary.shape[1])
-    waves = np.tanh(x @ random.normal(size=(x.shape[1], 3))).sum(axis=1)
+    waves = np.tanh(x @ random.normal(size=(x.shape[1], 2))).sum(axis=1)
     pairs = x[:, 0] * x[:, 1] + x[:, 2] * binary[:, 0] - x[:, 3] * binary[:, 1]
-    return np.asarray(0.4 * linear + waves + 0.6 * pairs)
+    return np.asarray(linear + 0.7 * waves + 0.5 * pairs)
 
 
 def _of_groups_and_numbers(
