@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
 from projects.home.recap import evaluate
 from projects.home.recap.config import RecapConfig
@@ -32,6 +30,7 @@ from projects.home.recap.model.describe import describe
 from projects.home.recap.model.model import RankingModel
 from projects.home.recap.model.towers import module_name
 from projects.home.recap.optimizer import RecapOptimizer
+from projects.home.recap.update import Update
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.prefetch import prefetch
@@ -124,44 +123,16 @@ def run(
                 "and trains anew, --overwrite_save_dir removes it first"
             )
 
-        # One update: micro-batches add up to the gradient of the whole.
-        network = _replicate(model, job, compiles=config.runtime.enable_compile and not debug)
-        micro_batches = training.gradient_accumulation or 1
-        num_tasks = len(model.tasks)
+        compiles = config.runtime.enable_compile and not debug
+        updates = Update(config, model, tables, optimizer, job, compiles=compiles)
         progress_at_start = progress.step
 
         def update(batch: RankingBatch, step: int) -> StepResult:
-            model.train()
-            batch = batch.to(job.device)
-            rows_all = int(distributed.all_reduce_sum(torch.tensor(len(batch))))
-            rates = {}
-            large_rows = {}
-            if tables is not None:
-                rates = {f"table {k}": v for k, v in tables.set_learning_rates(step).items()}
-                large_rows = model.lookup(batch)
-            # Leaves: tables are updated once, by the gradient of the whole update.
-            leaves = {k: rows.detach().requires_grad_() for k, rows in large_rows.items()}
-            statistics = model.input_statistics(batch)
-            losses = torch.zeros(num_tasks, device=job.device)
-            parts = list(_split(batch, leaves, micro_batches))
-            for number, (part, part_rows) in enumerate(parts):
-                last = number == len(parts) - 1
-                quiet = network.no_sync() if dist.is_initialized() and not last else nullcontext()
-                with quiet, _autocast(config, job):
-                    logits = network(part, part_rows, statistics)
-                    task_losses = model.losses(logits, part)
-                    # The mean over all processes' rows: DDP averages over the processes.
-                    scale = job.world_size / (rows_all * num_tasks)
-                    (task_losses.sum() * scale).backward()
-                losses += task_losses.detach()
-            if large_rows:
-                gradients = [leaf.grad for leaf in leaves.values()]
-                torch.autograd.backward(list(large_rows.values()), gradients)
-            rates |= optimizer.step(step)
+            result = updates(batch, step)
             if step == progress_at_start:
                 elapsed = run_folder.seconds_since_start()
                 log.say(f"first step done {elapsed:.1f} s after the process started")
-            return StepResult(losses.sum() / num_tasks, rows_all, rates)
+            return result
 
         def save(progress: Progress) -> None:
             distributed.average_buffers(model)
@@ -225,36 +196,6 @@ def _rows_of_process(config: RecapConfig, job: Job) -> int:
             "make it a multiple"
         )
     return rows // job.world_size
-
-
-def _split(
-    batch: RankingBatch, rows: dict[str, Tensor], parts: int
-) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
-    """The update's micro-batches, each with its rows of the large tables."""
-    start = 0
-    for part in batch.split(parts):
-        stop = start + len(part)
-        yield part, {name: values[start:stop] for name, values in rows.items()}
-        start = stop
-
-
-def _replicate(model: RankingModel, job: Job, *, compiles: bool) -> Any:
-    """The model as it is called in training: compiled, and under DDP where there are several
-    processes.
-    """
-    network: nn.Module = model
-    if compiles:
-        network = torch.compile(model)  # type: ignore[assignment]
-    if job.world_size == 1:
-        return network
-    # Statistics are equal on all processes or averaged when they are saved (average_buffers).
-    return nn.parallel.DistributedDataParallel(
-        network, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-
-
-def _autocast(config: RecapConfig, job: Job) -> Any:
-    return torch.autocast(job.device.type, torch.bfloat16, enabled=config.runtime.enable_amp)
 
 
 def _total_steps(config: RecapConfig, step: int, left: int | None) -> int | None:
