@@ -38,7 +38,7 @@ from tml.config import ConfigError
 EPSILON = 1e-7  # probabilities are clamped to [EPSILON, 1 − EPSILON] before their logarithm
 NUM_BINS = 20  # of the expected calibration error
 CHUNK_ROWS = 1 << 22  # values sent at once between processes
-MAX_NAME_SHOWN = 32  # characters of a task in a terminal's table
+MAX_NAME_SHOWN = 24  # characters of a task in a terminal's table
 
 Array = NDArray[np.float64]
 Values = dict[str, float]
@@ -742,13 +742,14 @@ def _cells(values: Values, names: Sequence[str]) -> list[str]:
 
 
 def _shown_name(name: str) -> str:
-    """The name, or the end of a long one: it tells more than the beginning."""
-    return name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
+    """The name, or beginning and end of a long one."""
+    half = (MAX_NAME_SHOWN - 1) // 2
+    return name if len(name) <= MAX_NAME_SHOWN else f"{name[:half]}…{name[-half:]}"
 
 
 def _common_words(names: Sequence[str]) -> str:
-    """What several dotted names have in common at their beginning: "recap.engagement."."""
-    if len(names) < 2:
+    """What dotted names have in common at their beginning: "recap.engagement."."""
+    if not names:
         return ""
     pairs = zip(min(names), max(names), strict=False)
     common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -278,19 +278,32 @@ def _calibrate(
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table for each partition."""
+    """Print a table for each partition; those of one task share one."""
+    singles = {name: one for name, one in report.items() if len(one["tasks"]) == 1}
+    if len(singles) < 2 or any(
+        one.get("strata") or "out_of_fold" in one for one in singles.values()
+    ):
+        singles = {}
     for name, one in report.items():
-        console.print(_table(one, name))
-        if "out_of_fold" in one:
-            console.print(_table(one["out_of_fold"], f"{name}, calibrated (out of fold)"))
-        for task, best in one.get("best", {}).items():
-            values = one["tasks"].get(task, {})
-            shares = [
-                f"{values[metric] / value:.1%} of the best possible {metric} ({value:.4g})"
-                for metric, value in best.items()
-                if values.get(metric) is not None
-            ]
-            console.print(f"{task}: {', '.join(shares)}", markup=False)
+        if name not in singles:
+            _show_partition(name, one, console)
+    if singles:
+        tasks = {name: next(iter(one["tasks"].values())) for name, one in singles.items()}
+        console.print(_table({"tasks": tasks}, "partitions of one task"))
+
+
+def _show_partition(name: str, one: Report, console: Console) -> None:
+    console.print(_table(one, name))
+    if "out_of_fold" in one:
+        console.print(_table(one["out_of_fold"], f"{name}, calibrated (out of fold)"))
+    for task, best in one.get("best", {}).items():
+        values = one["tasks"].get(task, {})
+        shares = [
+            f"{values[metric] / value:.1%} of the best possible {metric} ({value:.4g})"
+            for metric, value in best.items()
+            if values.get(metric) is not None
+        ]
+        console.print(f"{task}: {', '.join(shares)}", markup=False)
 
 
 def _table(one: Report, title: str) -> Any:
