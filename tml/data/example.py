@@ -412,6 +412,9 @@ def _decode_varints(
     """Packed varints. With a feature of fixed length, only its first columns are decoded: (n,
     width), zeros in lists of another length.
     """
+    # A list that ends within a value would run into the next one: it is taken for empty.
+    bad = (stops > starts) & (buffer[np.maximum(stops - 1, 0)] >= 0x80)
+    stops = np.where(bad, starts, stops)
     data = np.concatenate([_join(buffer, starts, stops), np.zeros(PADDING, dtype=np.uint8)])
     bounds = np.concatenate([[0], np.cumsum(stops - starts)])
     last = np.flatnonzero(data[: bounds[-1]] < 0x80)  # last byte of each value
@@ -422,16 +425,12 @@ def _decode_varints(
     sizes = last - first + 1
     index = np.searchsorted(last, bounds)  # values before each list
     counts = np.diff(index)
-    # A list must end with a value, and no value has more than 10 bytes.
-    bad = (bounds[1:] > bounds[:-1]) & (data[np.maximum(bounds[1:] - 1, 0)] >= 0x80)
-    if len(sizes) and int(sizes.max()) > 10:
+    if len(sizes) and int(sizes.max()) > 10:  # no number has so many bytes
         long = np.flatnonzero(sizes > 10)
         bad[np.searchsorted(bounds, last[long], side="right") - 1] = True
     if feature is None:
         if bad.any():
             kept = np.repeat(~bad, counts)
-            if len(kept) < len(last):  # what is behind the last value belongs to a bad list
-                kept = np.concatenate([kept, np.zeros(len(last) - len(kept), dtype=bool)])
             first, sizes = first[kept], sizes[kept]
         return _varints(data, first, sizes), np.where(bad, 0, counts), bad
     good = (counts == feature.length) & ~bad

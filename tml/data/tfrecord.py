@@ -101,6 +101,7 @@ class TFRecordReader:
     on_fault: called for each fault; a record with a bad crc is then left out, and the file counts
     as ended where its framing or its compression breaks. Unset: faults raise DataError, after the
     whole records before them were read.
+    buffer: of a reader that is closed, to be used again: fresh memory costs as much as decoding.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class TFRecordReader:
         part: int = 0,
         parts: int = 1,
         on_fault: OnFault | None = None,
+        buffer: NDArray[np.uint8] | None = None,
     ) -> None:
         self.path = str(path)
         self.next_record = 0
@@ -120,7 +122,7 @@ class TFRecordReader:
         self._fault: str | None = None
         self._source: _Source | None = None
         self._finished = False
-        self._buffer: NDArray[np.uint8] = np.empty(2 * _CHUNK, dtype=np.uint8)
+        self._buffer = np.empty(2 * _CHUNK, dtype=np.uint8) if buffer is None else buffer
         self._begin = self._end = 0  # what is read and not yet given out
         self._base = 0  # offset in the stream of buffer[0]
 
@@ -135,6 +137,11 @@ class TFRecordReader:
         self._finished = True
         if self._source is not None:
             self._source.close()
+
+    @property
+    def buffer(self) -> NDArray[np.uint8]:
+        """The memory that blocks lie in."""
+        return self._buffer
 
     def read(self, max_records: int) -> Block | None:
         """The next records, `max_records` at most, perhaps none; None at the end of the file.

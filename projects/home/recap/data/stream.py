@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from projects.home.recap.data.batch import RankingBatch
 from projects.home.recap.data.preprocess import concatenate, take_rows
@@ -152,6 +153,7 @@ class RecordStream:
         self._threads = threads
         self._skip_faults = skip_faults
         self._lock = Lock()
+        self._buffers: list[NDArray[np.uint8]] = []  # of files that were read
 
     def start(self) -> StreamPosition:
         """Before the first row."""
@@ -301,7 +303,7 @@ class RecordStream:
 
     def _open(self, piece: Piece) -> "_OpenFile":
         on_fault = self._count_fault if self._skip_faults else None
-        return _OpenFile(self._paths[piece.file], piece, self._to_rows, on_fault)
+        return _OpenFile(self._paths[piece.file], piece, self._to_rows, on_fault, self._buffers)
 
     def _count_fault(self, kind: str, message: str) -> None:
         with self._lock:
@@ -315,11 +317,24 @@ class RecordStream:
 class _OpenFile:
     """A piece that is being read."""
 
-    def __init__(self, path: str, piece: Piece, to_rows: ToRows, on_fault: OnFault | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        piece: Piece,
+        to_rows: ToRows,
+        on_fault: OnFault | None,
+        buffers: list[NDArray[np.uint8]],
+    ) -> None:
         self.finished = False
         self._piece, self._to_rows, self._on_fault = piece, to_rows, on_fault
+        self._buffers = buffers
         self._reader = TFRecordReader(
-            path, first=piece.first, part=piece.part, parts=piece.parts, on_fault=on_fault
+            path,
+            first=piece.first,
+            part=piece.part,
+            parts=piece.parts,
+            on_fault=on_fault,
+            buffer=buffers.pop() if buffers else None,
         )
 
     @property
@@ -334,7 +349,8 @@ class _OpenFile:
             block = self._reader.read(min(count, BLOCK_ROWS))
             if block is None:
                 self.finished = True
-                self.close()
+                self._reader.close()
+                self._buffers.append(self._reader.buffer)
                 break
             rows = self._to_rows(block, self._on_fault) if len(block) else ()
             if isinstance(rows, RankingBatch) and len(rows):
