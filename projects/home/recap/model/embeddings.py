@@ -232,22 +232,29 @@ def _rows(table: Table, values: Tensor) -> Tensor:
 
 
 def check_rows(tables: Sequence[Table], batch: RankingBatch) -> None:
-    """Raises DataError where a value is no row of its table."""
+    """Raises DataError where a value is no row of its table (not in a compiled program)."""
     if torch.compiler.is_compiling():
         return
-    for table in tables:
-        for name in () if table.hashes else table.features:
-            found = values_of(batch, name)
-            values = found if isinstance(found, Tensor) else found.values
-            if values.numel():
-                low, high = torch.aminmax(values)
-                if int(low) < 0 or int(high) >= table.num_rows:
-                    wrong = int(low) if int(low) < 0 else int(high)
-                    raise DataError(
-                        f"feature {name!r} has the value {wrong}; its table {table.name!r} has the "
-                        f"rows 0 to {table.num_rows - 1}. Prepare the data and the model with one "
-                        "vocabulary, or set num_embeddings or hash_values"
-                    )
+    checked = [(table, name) for table in tables if not table.hashes for name in table.features]
+    found = [(table, name, _present(values_of(batch, name))) for table, name in checked]
+    bounds = [(table, name, torch.aminmax(rows)) for table, name, rows in found if rows.numel()]
+    if not bounds:
+        return
+    # One transfer from the device for all features.
+    ends = torch.stack([torch.stack([low, high]) for _, _, (low, high) in bounds]).tolist()
+    for (table, name, _), (lowest, highest) in zip(bounds, ends, strict=True):
+        if lowest < 0 or highest >= table.num_rows:
+            raise DataError(
+                f"feature {name!r} has the value {lowest if lowest < 0 else highest}; its table "
+                f"{table.name!r} has the rows 0 to {table.num_rows - 1}. Prepare the data and the "
+                "model with one vocabulary, or set num_embeddings or hash_values"
+            )
+
+
+def _present(values: Values) -> Tensor:
+    if isinstance(values, PaddedBag):
+        return values.values[values.values != PADDING]
+    return _flat(values)
 
 
 def pool(vectors: Tensor, offsets: Tensor, pooling: str) -> Tensor:

@@ -78,7 +78,8 @@ class Towers(nn.ModuleDict):
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=1)
-        return [part.contiguous() for part in parts]
+        # Copies: what follows writes into them, and reads them many times.
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 def module_name(task: str) -> str:
