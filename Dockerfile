@@ -41,7 +41,7 @@ CMD ["bash"]
 # What dev adds is copied alone, so that dev shares the large layer with runtime.
 FROM deps AS dev-deps
 ARG VARIANT=cpu
-COPY requirements/dev.txt /build/
+COPY requirements/export.txt requirements/dev.txt /build/
 RUN touch /before \
  && if [ -f /build/pip.conf ]; then export PIP_CONFIG_FILE=/build/pip.conf; \
     elif [ -d /build/wheels ]; then export PIP_FIND_LINKS=/build/wheels; fi \

@@ -3,7 +3,7 @@
 # environment (scripts/setup_venv.sh) alike, so that the two cannot drift.
 #
 #   requirements/install.sh PYTHON launcher          what python -m tml.docker needs
-#   requirements/install.sh PYTHON cpu|gpu [dev]     what training needs [and the tests, ruff, mypy]
+#   requirements/install.sh PYTHON cpu|gpu [dev]     what training needs [and the tests, ruff, mypy, export]
 #
 # torchrec's metadata asks for the CUDA fbgemm and for an old torchmetrics that nothing here imports, so it must
 # not be resolved. torch is: its CUDA build needs nvidia wheels that its own metadata names. Hence two steps:
@@ -27,7 +27,7 @@ case $variant in
     ;;
   *) usage ;;
 esac
-[[ -z $extra ]] || files+=(dev)
+[[ -z $extra ]] || files+=(export dev)
 
 requirements=()
 for file in "${files[@]}"; do requirements+=(-r "$here/$file.txt"); done

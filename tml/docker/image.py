@@ -24,7 +24,7 @@ TARGETS: dict[Variant, str] = {"cpu": "runtime", "gpu": "runtime", "dev": "dev"}
 
 def input_files(checkout: Path, variant: Variant) -> list[Path]:
     """The files of the checkout that the image of `variant` is made of."""
-    sets = {"cpu": ["cpu"], "gpu": ["gpu"], "dev": ["cpu", "dev"]}[variant]
+    sets = {"cpu": ["cpu"], "gpu": ["gpu"], "dev": ["cpu", "export", "dev"]}[variant]
     names = ["install.sh", *(f"{name}.txt" for name in ("launcher", "train", *sets))]
     files = [checkout / "Dockerfile", *(checkout / "requirements" / name for name in names)]
     missing = [file for file in files if not file.is_file()]
