@@ -36,7 +36,7 @@ from projects.home.recap.evaluate import evaluate_model
 from projects.home.recap.model.build import build_model
 from projects.home.recap.model.describe import describe
 from tml.config import load_config
-from tml.data.tfrecord import read_blocks, write_records
+from tml.data.tfrecord import TFRecordWriter, read_blocks
 from tml.distributed import Job
 from tml.logs import read_records
 
@@ -222,12 +222,10 @@ def to_plain(gz: Path, plain: Path) -> None:
     """The same records without compression."""
     plain.mkdir()
     for path in sorted(gz.glob("*.gz")):
-        records = (
-            block.data[start : start + length].tobytes()
-            for block in read_blocks(path)
-            for start, length in zip(block.starts, block.lengths, strict=True)
-        )
-        write_records(plain / path.stem, records)
+        with TFRecordWriter(plain / path.stem, compression=None) as writer:
+            for block in read_blocks(path):
+                for index in range(len(block)):
+                    writer.write(block.record(index))
 
 
 def to_parquet(config: RecapConfig, folder: Path) -> RecapConfig:

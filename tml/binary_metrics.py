@@ -38,7 +38,7 @@ from tml.config import ConfigError
 EPSILON = 1e-7  # probabilities are clamped to [EPSILON, 1 − EPSILON] before their logarithm
 NUM_BINS = 20  # of the expected calibration error
 CHUNK_ROWS = 1 << 22  # values sent at once between processes
-MAX_NAME_SHOWN = 24  # characters of a task in a terminal's table
+MAX_NAME_SHOWN = 22  # characters of a task in a terminal's table
 
 Array = NDArray[np.float64]
 Values = dict[str, float]

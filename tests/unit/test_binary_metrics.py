@@ -446,6 +446,6 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
         console.print(binary_metrics.render(metrics.compute(), "validation"))
     text = shown.get()
     assert "is_replied" in text
-    assert "is_good_cli…nvo_desc_v2" in text
+    assert "is_good_cl…vo_desc_v2" in text
     assert "recap.engagement" not in text
     assert max(len(line) for line in text.splitlines()) <= 80

@@ -67,7 +67,7 @@ def equals(column: pl.Series, value: Any) -> pl.Expr:
     numbers.
     """
     if column.dtype.is_numeric() and not isinstance(value, str):
-        same = pl.col(column.name) == value
+        same: pl.Expr = pl.col(column.name) == value
     else:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         same = pl.col(column.name).cast(pl.String) == text

@@ -36,7 +36,7 @@ def continuous(
     """Float32 values, null as NaN, and what was learned."""
     numbers = to_number(column, f"continuous {config.name or config.column}")
     values = numbers.fill_null(float("nan")).to_numpy()
-    learned = None
+    learned: dict[str, Any] | None = None
     if config.transform == "log":
         values = signed_log(values)
     elif config.transform == "standardise":
@@ -120,8 +120,8 @@ def bag(
     items = lists.alias("value").to_frame().with_columns(row).explode("value").drop_nulls("value")
     in_training = train.gather(items["row"])
     values, vocabulary = categorical(items["value"], config, in_training)
-    numbered = items.with_columns(values.alias("value")).group_by("row", maintain_order=True)
-    numbered = numbered.agg(pl.col("value"))
+    rows = items.with_columns(values.alias("value")).group_by("row", maintain_order=True)
+    numbered = rows.agg(pl.col("value"))
     every = pl.DataFrame({"row": np.arange(len(lists))})
     found = every.join(numbered, on="row", how="left", maintain_order="left")["value"]
     return found.fill_null([]), vocabulary

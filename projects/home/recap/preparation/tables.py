@@ -207,11 +207,13 @@ def _split_by_time(days: pl.Series, spans: TimeSplit) -> pl.Series:
             chosen = chosen & (pl.col(DAY) <= day_number(last))
         return chosen
 
-    split = pl.when(between(spans.train_from, spans.train_until)).then(pl.lit("train"))
-    split = split.when(between(*spans.validation)).then(pl.lit("validation"))
+    split = pl.lit(None, dtype=pl.String)
     if spans.test is not None:
-        split = split.when(between(*spans.test)).then(pl.lit("test"))
-    return pl.DataFrame({DAY: days}).select(split.otherwise(None).alias(SPLIT))[SPLIT]
+        split = pl.when(between(*spans.test)).then(pl.lit("test")).otherwise(split)
+    split = pl.when(between(*spans.validation)).then(pl.lit("validation")).otherwise(split)
+    train = between(spans.train_from, spans.train_until)
+    split = pl.when(train).then(pl.lit("train")).otherwise(split)
+    return pl.DataFrame({DAY: days}).select(split.alias(SPLIT))[SPLIT]
 
 
 def day_number(day: date) -> int:
@@ -231,8 +233,7 @@ def _hold_out(rows: pl.DataFrame, options: HoldOut, seed: int) -> pl.DataFrame:
         if options.key is not None:
             need(rows, options.key, "split.hold_out")
             key = pl.col(options.key)
-        chosen = unit_hash(rows.select(key).to_series(), seed) < options.share
-        chosen = pl.lit(chosen)
+        chosen = pl.lit(unit_hash(rows.select(key).to_series(), seed) < options.share)
     held = pl.when(train & chosen).then(pl.lit("held_out")).otherwise(pl.col(SPLIT))
     return rows.with_columns(held.alias(SPLIT))
 
@@ -246,7 +247,7 @@ def _refuse_empty_splits(rows: pl.DataFrame, config: PrepareConfig) -> None:
             days = ""
             if DAY in rows.columns and len(rows):
                 first, last = rows[DAY].cast(pl.Date).min(), rows[DAY].cast(pl.Date).max()
-                days = f"; the other rows are of {first} to {last}"
+                days = f"; the other rows are of {first!s} to {last!s}"
             raise DataError(f"split: no row falls into {split}{days}; change the spans")
 
 
