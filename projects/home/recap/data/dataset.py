@@ -244,7 +244,7 @@ def build_dataset(
         preprocessor = _preprocessor_of_tables(config)
         rows = TableRows(
             tables.TableDataset(
-                config,
+                _without_preprocess(config),
                 paths,
                 job,
                 seed,
@@ -268,7 +268,12 @@ def build_dataset(
 
 
 def _preprocessor_of_tables(config: RecapDataConfig) -> Preprocessor:
-    return Preprocessor(config.preprocess, tables.describe(config))
+    return Preprocessor(config.preprocess, tables.describe(_without_preprocess(config)))
+
+
+def _without_preprocess(config: RecapDataConfig) -> RecapDataConfig:
+    """For tables, whose rows are preprocessed here."""
+    return config.model_copy(update={"preprocess": None})
 
 
 def _with_vectors(features: Features, config: RecapDataConfig) -> Features:
