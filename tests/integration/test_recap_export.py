@@ -20,8 +20,10 @@ import yaml
 from projects.home.recap import export, serving
 from projects.home.recap.config import RecapConfig
 from projects.home.recap.data.dataset import describe_features
-from projects.home.recap.model.build import build_model, model_state
+from projects.home.recap.model.build import build_model, load_model, model_state, read_config
+from projects.home.recap.model.config import ModelConfig
 from projects.home.recap.model.inference import tensors_of
+from projects.home.recap.model.model import RankingModel
 from tml import checkpoint
 from tml.config import load_config, to_yaml
 from tml.distributed import Job
@@ -169,8 +171,6 @@ def score_by_training_code(run: Path) -> tuple[dict[str, np.ndarray], np.ndarray
     """(inputs, probabilities) of the first 200 rows by the model as it is trained: FBGEMM's tables,
     lists as they are.
     """
-    from projects.home.recap.model.build import load_model, read_config
-
     config = read_config(run / "7")
     model, features = load_model(run / "7", config, CPU)
     rows = export.read_rows(config, None, 200)
@@ -297,6 +297,42 @@ def test_nothing_in_the_folder_names_this_machine(exported: Path) -> None:
         content = (exported / name).read_bytes()
         assert str(ROOT).encode() not in content, name
         assert b"inference.py" not in content, name
+
+
+DEEP = {"layer_sizes": [8, 4], "final_layer_activation": True}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "dcn, share_partial, clip": {
+        "backbone": {"dcn_config": {"projection_dim": 3, "parallel_mlp": DEEP}},
+        "multi_task_type": "share_partial",
+        "featurization_config": {"clip_log1p_abs_config": {}},
+    },
+    "dlrm and mmoe": {
+        "backbone": {"dlrm_config": {"bottom_mlp": DEEP, "top_mlp": DEEP}},
+        "mmoe_config": {"num_experts": 2, "expert": DEEP},
+        "small_embeddings": {"default_dim": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_other_networks_can_be_exported_too(network: str, run: Path, tmp_path: Path) -> None:
+    tree = config_tree(run.parent)["model"]
+    for key in ("position_debias_config", "small_embeddings", "large_embeddings"):
+        del tree[key]
+    config = ModelConfig.model_validate({**tree, **NETWORKS[network]})
+    rows = export.read_rows(read_config(run / "7"), None, 100)
+    torch.manual_seed(0)
+    model = RankingModel(config, rows.features).eval()
+    randomise(model)
+    (batch,) = rows.batches
+    with torch.no_grad():
+        expected = model.probabilities(model(batch)).numpy()
+    traced, tensors = serving.export_program(model, rows.features)
+    serving.save_onnx(traced, tensors, tmp_path / "model.onnx")
+    inputs = {n: t.numpy() for n, t in tensors_of(batch, rows.features).items() if n in tensors}
+    found = serving.open_onnx(tmp_path / "model.onnx")(inputs)
+    assert expected.std(axis=0).min() > 1e-3
+    assert np.abs(found - expected).max() < 1e-5
 
 
 def test_an_export_replaces_an_earlier_one_and_holds_only_what_was_asked_for(

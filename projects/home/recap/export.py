@@ -389,6 +389,9 @@ def _describe_inputs(
             "shape": shape,
             "meaning": _meaning(kind, feature, data),
         }
+        renamed = data.seg_dense_schema.renamed_features if data.seg_dense_schema else {}
+        if (feature or kind) in renamed:
+            one["record_feature"] = renamed[feature or kind]
         columns = {"continuous": features.continuous_names, "binary": features.binary_names}
         if columns.get(kind):
             one["columns"] = list(columns[kind])
