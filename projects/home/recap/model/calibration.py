@@ -82,7 +82,7 @@ class Calibration(nn.Module):
         right = right.clamp(max=NUM_KNOTS - 1)
         x0, x1 = self.knots_x.gather(1, left), self.knots_x.gather(1, right)
         y0, y1 = self.knots_y.gather(1, left), self.knots_y.gather(1, right)
-        part = ((transposed - x0) / (x1 - x0).clamp(min=1e-30)).clamp(0, 1)
+        part = (transposed - x0) / (x1 - x0).clamp(min=1e-30)  # outside, y0 = y1
         return torch.lerp(y0, y1, part).mT
 
 
