@@ -10,7 +10,7 @@ import torch
 from projects.home.recap.config import RecapConfig
 from projects.home.recap.data.batch import Features
 from projects.home.recap.data.dataset import describe_features
-from projects.home.recap.model.embeddings import large_table_specs
+from projects.home.recap.model.embeddings import fill_pretrained, large_table_specs
 from projects.home.recap.model.model import RankingModel
 from tml import checkpoint
 from tml.checkpoint import CheckpointError
@@ -28,6 +28,8 @@ def build_model(
     seed = config.training.seed
     specs = large_table_specs(config.model, features)
     tables = build_tables(specs, job, seed) if specs else None
+    if tables is not None:
+        fill_pretrained(config.model, features, tables)
     torch.manual_seed(seed)
     model = RankingModel(config.model, features, tables).to(job.device)
     if ratios := config.sampling_ratios():
