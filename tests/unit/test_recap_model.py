@@ -224,6 +224,12 @@ def test_backbone_and_towers_share_no_parameter_and_are_all(kind: str) -> None:
     assert all(groups[1:])
 
 
+def test_a_backbone_of_ones_own_learns_at_the_rate_of_its_tower() -> None:
+    module = model(**KINDS["none"])
+    of_inputs = {id(p) for p in module.featurization.parameters()}
+    assert {id(p) for p in module.backbone_parameters()} == of_inputs
+
+
 def test_towers_of_one_product_are_what_they_are_one_by_one() -> None:
     module, rows = model(tasks={"a": tower(batch_norm=True), "c": tower(batch_norm=True)}), batch()
     module.eval()
