@@ -175,6 +175,14 @@ def test_absent_features_take_the_default_or_are_empty_lists() -> None:
     assert column([here, *nowhere], lists) == [[1, 2, 3], [], [], []]
 
 
+def test_two_small_numbers_are_not_taken_for_one_of_two_bytes() -> None:
+    one = ExampleFeature("a", "int64_list", 1)
+    records = [record(entry("a", ints(packed(*values)))) for values in ((300,), (1, 2), (7,))]
+    decoded = decode(records, one)
+    assert decoded.faults == ["file, record 1: feature a has 2 values, the schema says 1"]
+    assert np.asarray(decoded.columns["a"]).tolist() == [[300], [7]]
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [

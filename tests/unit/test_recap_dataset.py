@@ -225,6 +225,39 @@ def test_another_number_of_processes_reads_what_is_left(
     assert sum(counts.values()) - 2 * TOTAL <= 16 * before
 
 
+def test_processes_that_are_epochs_apart_are_joined(folder: Path) -> None:
+    trees, read_before = [], []
+    for rank, limit in ((0, 2), (1, 30)):
+        batches, after = read(
+            dataset(config(folder), rank, 2, batch_rows=4, num_epochs=4), limit=limit
+        )
+        read_before += ids(batches)
+        trees.append(after[-1].to_json())
+    assert (trees[0]["epoch"], trees[1]["epoch"]) == (0, 2)
+    one = dataset(config(folder), batch_rows=1, num_epochs=4)
+    counts = Counter(read_before + ids(read(one, one.resume(trees))[0]))
+    assert all(counts[number] >= 4 for number in range(TOTAL))
+    assert sum(counts.values()) - 4 * TOTAL <= 2 * 16
+
+
+def test_each_process_window_and_epoch_has_an_order_of_its_own(folder: Path) -> None:
+    write(folder / "one.tfrecord", np.arange(64))
+    data = config(folder, inputs=f"{folder}/*.tfrecord")
+    orders = []
+    for rank in (0, 1):
+        found = ids(read(dataset(data, rank, 2, batch_rows=1, num_epochs=2))[0])
+        windows = np.array(found).reshape(4, 16)  # two a epoch
+        orders += [tuple(np.argsort(window).tolist()) for window in windows]
+    assert len(set(orders)) == 8
+
+
+def test_a_part_of_a_part_is_dealt_out_without_loss() -> None:
+    shares = [deal([Piece(0, 5, 1, 2)], rank, 3) for rank in range(3)]
+    assert shares[1] == (Piece(0, 5, 3, 6),)
+    found = [n for [one] in shares for n in range(5, 60) if n % one.parts == one.part]
+    assert sorted(found) == [n for n in range(5, 60) if n % 2 == 1]
+
+
 def test_positions_of_different_epochs_are_joined_by_epoch() -> None:
     def pieces(epoch: int, rank: int, world_size: int) -> tuple[Piece, ...]:
         return deal([Piece(file) for file in range(4)], rank, world_size)

@@ -91,14 +91,15 @@ def test_negatives_are_dropped_and_the_others_weigh_more() -> None:
     assert torch.equal(found.continuous, again.continuous)
 
 
-def test_dropping_negatives_leaves_the_mean_label_unbiased() -> None:
+def test_dropping_negatives_leaves_labels_and_the_sum_of_weights_unbiased() -> None:
     step = preprocessor(downsample_negatives={"batch_multiplier": 4, "engagements_list": ["like"]})
     rng = np.random.default_rng(1)
-    # Of 8 rows 2 are kept; with one like that is usual, with 3 there is no room for others.
-    for num_likes in (1, 3):
+    # Of 8 rows 2 are kept; with one like that is usual, with more there is no room for others.
+    for num_likes in (1, 2, 3):
         labels = [[float(i < num_likes), 0.0] for i in range(8)]
         drawn = [step.sample(rows(labels), rng) for _ in range(2000)]
         assert all(len(batch) == 2 for batch in drawn)
+        assert all(float(batch.weights[:, 0].sum()) == 8 for batch in drawn)
         weighted = torch.stack([(b.labels * b.weights)[:, 0].sum() for b in drawn]).mean()
         assert float(weighted) == pytest.approx(num_likes, rel=0.05)
 
@@ -180,7 +181,8 @@ def test_values_are_rounded_as_if_stored(
 
 
 def test_low_bits_of_the_mantissa_are_cleared() -> None:
-    values = torch.tensor([1 + 2**-3 + 2**-23, -(1 + 2**-20), float("inf"), float("nan")])
+    values = torch.tensor([1 + 2**-3 + 2**-23, -(1 + 2**-20), float("inf"), 0.0])
+    values.view(torch.int32)[3] = 0x7F800001  # a NaN that is told from infinity by its lowest bit
     found = mask_mantissa(values, 20)
     assert found[:3].tolist() == [1.125, -1.0, float("inf")]
     assert found[3].isnan()
