@@ -14,6 +14,7 @@ from projects.home.recap.data.preprocess import (
     concatenate,
     mask_mantissa,
     round_to,
+    scatter,
     take_rows,
     weigh,
 )
@@ -247,3 +248,8 @@ def test_rows_are_taken_and_joined_with_their_lists() -> None:
     assert joined.ids["id"].tolist() == [9, 7, 8, 9]
     assert joined.bags["tags"].offsets.tolist() == [0, 4, 6, 6, 10]
     assert joined.bags["tags"].values.tolist() == [3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
+    mixed = scatter([batch, batch.slice(0, 1)], torch.tensor([3, 0, 1, 2]))
+    assert mixed.ids["id"].tolist() == [8, 9, 7, 7]
+    assert mixed.continuous[:, 0].tolist() == [4, 8, 0, 0]
+    assert mixed.bags["tags"].offsets.tolist() == [0, 0, 4, 6, 8]
+    assert mixed.bags["tags"].values.tolist() == [3, 4, 5, 6, 1, 2, 1, 2]

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -359,13 +360,33 @@ def concatenate(batches: list[RankingBatch]) -> RankingBatch:
     if len(batches) == 1:
         return batches[0]
 
-    def join(values: list[object]) -> object:
+    def join(values: list[Any]) -> object:
         first = values[0]
         if isinstance(first, dict):
-            return {name: join([value[name] for value in values]) for name in first}  # type: ignore[index]
+            return {name: join([value[name] for value in values]) for name in first}
+        return _join_lists(values) if isinstance(first, Bag) else torch.cat(values)
+
+    fields = dataclasses.fields(batches[0])
+    parts = {one.name: join([getattr(b, one.name) for b in batches]) for one in fields}
+    return RankingBatch(**parts)  # type: ignore[arg-type]
+
+
+def scatter(batches: list[RankingBatch], places: Tensor) -> RankingBatch:
+    """The rows of all batches; row i goes to place places[i], a permutation. One copy: this is half
+    of what joining and then taking costs.
+    """
+    starts = np.cumsum([0, *map(len, batches)]).tolist()
+
+    def join(values: list[Any]) -> object:
+        first = values[0]
+        if isinstance(first, dict):
+            return {name: join([value[name] for value in values]) for name in first}
         if isinstance(first, Bag):
-            return _join_lists(values)  # type: ignore[arg-type]
-        return torch.cat(values)  # type: ignore[arg-type]
+            return _take_lists(_join_lists(values), places.argsort())
+        whole = first.new_empty((len(places), *first.shape[1:]))
+        for start, value in zip(starts, values, strict=False):
+            whole.index_copy_(0, places[start : start + len(value)], value)
+        return whole
 
     fields = dataclasses.fields(batches[0])
     parts = {one.name: join([getattr(b, one.name) for b in batches]) for one in fields}

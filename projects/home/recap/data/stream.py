@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from projects.home.recap.data.batch import RankingBatch
-from projects.home.recap.data.preprocess import concatenate, take_rows
+from projects.home.recap.data.preprocess import concatenate, scatter
 from tml.data.parquet import DataError
 from tml.data.prefetch import prefetch
 from tml.data.tfrecord import Block, OnFault, TFRecordReader
@@ -108,8 +108,6 @@ class StreamPosition:
 @dataclass(frozen=True)
 class _Window:
     rows: RankingBatch
-    order: torch.Tensor | None
-    """(n,) the rows in mixed order; None: as they are."""
     at: StreamPosition
     """Where the window began."""
     after: StreamPosition
@@ -193,14 +191,14 @@ class RecordStream:
             for window in self._enter_windows(position, stack):
                 taken = position.taken if window.at == replace(position, taken=0) else 0
                 while len(window.rows) - taken >= missing:
-                    held.append(_cut(window, taken, taken + missing))
+                    held.append(window.rows.slice(taken, taken + missing))
                     taken += missing
                     whole = taken == len(window.rows)
                     end = window.after if whole else replace(window.at, taken=taken)
                     yield concatenate(held), end
                     held, missing = [], self._batch_rows
                 if taken < len(window.rows):
-                    held.append(_cut(window, taken, len(window.rows)))
+                    held.append(window.rows.slice(taken, len(window.rows)))
                     missing -= len(held[-1])
                 end = window.after
         if held and not self._shuffle:
@@ -250,8 +248,7 @@ class RecordStream:
                 opened = tuple(file.piece for file in files)
                 after = replace(at, window=at.window + 1, opened=opened, next=num_opened)
             if rows:
-                window = concatenate(rows)
-                yield _Window(window, self._order(at, len(window)), at, after)
+                yield _Window(self._mix(rows, at), at, after)
             at = after
 
     def _gather(
@@ -280,12 +277,13 @@ class RecordStream:
             files[:] = [file for file in files if not file.finished]
         return gathered, next_piece
 
-    def _order(self, at: StreamPosition, count: int) -> torch.Tensor | None:
+    def _mix(self, rows: list[RankingBatch], at: StreamPosition) -> RankingBatch:
         if not self._mixes:
-            return None
+            return concatenate(rows)
         rank, world_size = self._place
         key = [self._seed, at.epoch, world_size, rank, at.window]
-        return torch.from_numpy(np.random.default_rng(key).permutation(count))
+        places = np.random.default_rng(key).permutation(sum(map(len, rows)))
+        return scatter(rows, torch.from_numpy(places))
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -407,12 +405,6 @@ def join_positions(
             left += own if ahead else (*position.opened, *own[position.next :])
         rest.append(deal(left, rank, world_size))
     return StreamPosition(positions[0].files, first, rest=tuple(rest))
-
-
-def _cut(window: _Window, start: int, stop: int) -> RankingBatch:
-    if window.order is None:
-        return window.rows.slice(start, stop)
-    return take_rows(window.rows, window.order[start:stop])
 
 
 def _fingerprint(paths: Sequence[str]) -> str:
