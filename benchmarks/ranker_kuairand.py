@@ -1,13 +1,13 @@
-"""How good the Heavy Ranker is on KuaiRand-Pure: prepare, train, measure, by the commands that a
-user types.
+"""How good the Heavy Ranker is on KuaiRand-Pure: prepare, train TwHIN, train the ranker,
+measure, by the commands that a user types.
 
     python benchmarks/ranker_kuairand.py --data DIR [--train-until 2022-05-04]
-        [--validation 2022-05-05 2022-05-06] [--seeds 1 2 3] [--lightgbm]
+        [--validation 2022-05-05 2022-05-06] [--seeds 1 2 3] [--no-twhin] [--lightgbm]
 
-DIR holds exposures_0425_0506.csv.gz, users.csv.gz, videos.csv.gz and history_edges.tsv.gz; other
-exposures are named with --exposures. Prints one JSON line a result. `floor` is LightGBM's AUC of
-5 and 6 May, trained until 4 May; other days have none. `lightgbm` are LightGBM's own results on the
-columns that prepare made, with its own rows and machine: its library is no part of this project.
+DIR holds exposures_0425_0506.csv.gz, users.csv.gz, videos.csv.gz, history_edges.tsv.gz and
+video_edges.tsv.gz; other exposures are named with --exposures. Prints one JSON line a result.
+`floor` is LightGBM's AUC of 5 and 6 May, trained until 4 May; other days have none. --lightgbm
+trains LightGBM on the columns that prepare made, in an environment of its own.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 from projects.home.recap.config import RecapConfig
@@ -30,6 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECAP = ROOT / "projects/home/recap"
 PREPARE = RECAP / "config/prepare/kuairand.yaml"
 TRAIN = RECAP / "config/kuairand.yaml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+TORCHRUN += ["--nproc_per_node=1"]
+TWHIN_RELATIONS: tuple[str, ...] = (
+    "long_view=user:video",
+    "like=user:video",
+    "by_author=video:author",
+)
+TWHIN_RELATIONS += ("has_tag=video:tag",)
 FLOORS = {"is_click": 0.7446, "long_view": 0.7478, "is_like": 0.8546, "is_profile_enter": 0.7626}
 FLOOR_DAYS = ("2022-05-04", ["2022-05-05", "2022-05-06"])
 NO_LIGHTGBM = (
@@ -105,6 +114,49 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return summary
 
 
+def train_twhin(data: Path, folder: Path) -> list[str]:
+    """Vectors of users and videos from their history, all before the first exposure; returns the
+    ranker's settings that look them up by id.
+    """
+    folder.mkdir(parents=True)
+    edges = []
+    for name in ("history_edges", "video_edges"):
+        # Vectors are looked up by the ids of the rows, which are 12 where these files write u12.
+        table = pl.read_csv(data / f"{name}.tsv.gz", separator="\t", has_header=False)
+        left, _, right = table.columns
+        table = table.with_columns(pl.col(left, right).str.strip_chars_start("uv"))
+        edges.append(folder / f"{name}.tsv")
+        table.write_csv(edges[-1], separator="\t", include_header=False)
+    relations = [f"--relation={name}" for name in TWHIN_RELATIONS]
+    twhin, graph = ROOT / "projects/twhin", folder / "graph"
+    call(
+        [
+            sys.executable,
+            twhin / "prepare.py",
+            "--train",
+            *edges,
+            *relations,
+            "--drop-other-relations",
+            f"--output={graph}",
+        ]
+    )
+    call(
+        [
+            *TORCHRUN,
+            twhin / "run.py",
+            f"--config_yaml_path={twhin}/config/kuairand.yaml",
+            f"--graph={graph}",
+            f"--save_dir={folder}/run",
+        ]
+    )
+    tables = ", ".join(
+        f"{{name: {name}_twhin, path: {folder}/run/vectors/{name}.parquet, by: {name}_id}}"
+        for name in ("user", "video")
+    )
+    places = ("train_data", "validation_data.validation")
+    return [f"{place}.vector_tables=[{tables}]" for place in places]
+
+
 def train(prepared: Path, run: Path, seed: int, num_rows: int, sets: list[str]) -> dict[str, Any]:
     """Train and evaluate; returns the report of the partition `validation`."""
     config = load_config(RecapConfig, TRAIN, sets)
@@ -121,13 +173,7 @@ def train(prepared: Path, run: Path, seed: int, num_rows: int, sets: list[str]) 
         f"training.seed={seed}",
         *sets,
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
-    command: list[str | Path] = [
-        *torchrun,
-        "--nproc_per_node=1",
-        RECAP / "main.py",
-        f"--config_path={TRAIN}",
-    ]
+    command: list[str | Path] = [*TORCHRUN, RECAP / "main.py", f"--config_path={TRAIN}"]
     call([*command, f"--save_dir={run}", *[f"--set={one}" for one in settings]])
     report: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     return dict(report["partitions"]["validation"])
@@ -210,9 +256,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--lightgbm", action="store_true", help="train LightGBM too, to compare")
     parser.add_argument("--lightgbm-python", default=sys.executable, help="Python that has it")
+    parser.add_argument("--no-twhin", action="store_true", help="leave TwHIN's vectors out")
     parser.add_argument("--set", action="append", default=[], help="change the ranker's config")
     parser.add_argument("--output", type=Path, help="keep the files and the runs in this folder")
     arguments = parser.parse_args()
+    arguments.data = arguments.data.absolute()  # commands run in the root of the repository
+    if arguments.exposures is not None:
+        arguments.exposures = arguments.exposures.absolute()
     usual = (arguments.train_until, list(arguments.validation)) == FLOOR_DAYS
     floors = FLOORS if usual and arguments.exposures is None else {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -224,13 +274,16 @@ def main() -> None:
             seconds=round(time.monotonic() - start, 1),
             **{key: summary[key] for key in ("rows", "positives")},
         )
+        sets = arguments.set
+        if not arguments.no_twhin:
+            start = time.monotonic()
+            sets = [*train_twhin(arguments.data, folder / "twhin"), *sets]
+            say(what="twhin", seconds=round(time.monotonic() - start, 1))
         reports = []
         for seed in arguments.seeds:
             start = time.monotonic()
             run = folder / f"run-{seed}"
-            reports.append(
-                train(folder / "prepared", run, seed, summary["rows"]["train"], arguments.set)
-            )
+            reports.append(train(folder / "prepared", run, seed, summary["rows"]["train"], sets))
             report_run(reports[-1], seed, time.monotonic() - start, floors)
         if len(reports) > 1:
             report_seeds(reports)
