@@ -1,6 +1,7 @@
 """A program's end: errors that the caller can mend become one line and an exit code."""
 
 import errno
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def exit_code(run: Callable[[], int | None], where: Path | str | None = None) ->
         if error.errno == errno.ENOSPC:
             what += "; make room and start the same command again"
         return fail(what)
+    except KeyboardInterrupt:  # before or after what ends cleanly by itself
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
             raise

@@ -168,6 +168,8 @@ class Loop(Generic[BatchT]):
     """Write a checkpoint; every process calls it."""
     total_steps: int | None
     """Unset: until the batches end, in whichever process first."""
+    may_end_early: bool = field(default=False, kw_only=True)
+    """Whether the batches may end before total_steps, which is the end then too."""
     log_every: int
     unit: str
     """What an example is called: "edges"."""
@@ -182,7 +184,7 @@ class Loop(Generic[BatchT]):
 
         `progress` is kept up to date, and saved at the end whichever way it comes.
         """
-        upcoming = _Ahead(batches, self.total_steps)
+        upcoming = _Ahead(batches, self.total_steps, may_end_early=self.may_end_early)
         saved_step = progress.step if progress.step else None
         interval_loss = torch.tensor(progress.loss_sum, dtype=torch.float64)
         watch = _Watch(progress.examples_seen)
@@ -260,33 +262,42 @@ class Loop(Generic[BatchT]):
 
 
 class _Ahead(Generic[BatchT]):
-    """The batches up to total_steps; without that number one batch is looked at ahead, so that the
-    last is known as such, by all processes at the same step.
+    """The batches up to total_steps; where they may end before, one batch is looked at ahead, so
+    that the last is known as such, by all processes at the same step.
     """
 
-    def __init__(self, batches: Iterator[tuple[BatchT, Place]], total_steps: int | None) -> None:
+    def __init__(
+        self,
+        batches: Iterator[tuple[BatchT, Place]],
+        total_steps: int | None,
+        *,
+        may_end_early: bool,
+    ) -> None:
         self._batches = batches
         self._total_steps = total_steps
+        self._looks = total_steps is None or may_end_early
         self._next: tuple[BatchT, Place] | None = None
-        if total_steps is None:
+        if self._looks:
             self._look()
 
     def take(self, step: int) -> tuple[BatchT, Place] | None:
         """The batch after `step` updates; None at the end."""
-        if self._total_steps is None:
+        if self._total_steps is not None and step >= self._total_steps:
+            return None
+        if self._looks:
             entry = self._next
             if entry is not None:
                 self._look()
             return entry
-        if step >= self._total_steps:
-            return None
         entry = next(self._batches, None)
         assert entry is not None, "the reader ended before total_steps"
         return entry
 
     def is_last(self, step: int) -> bool:
         """Whether nothing follows the batch that was taken."""
-        return self._next is None if self._total_steps is None else step >= self._total_steps
+        if self._looks and self._next is None:
+            return True
+        return self._total_steps is not None and step >= self._total_steps
 
     def _look(self) -> None:
         entry = next(self._batches, None)

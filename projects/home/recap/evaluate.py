@@ -11,6 +11,7 @@ partition, so that metrics are those of the unsampled stream.
 import argparse
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -37,7 +38,7 @@ from tml.binary_metrics import BinaryMetrics, BinaryReport, check_names, render
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError
 from tml.distributed import Job
-from tml.train import StopSignal
+from tml.train import DivergedError, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ EVALUATION_ROWS = 4096
 """Rows scored at once, over all processes."""
 POLL_S = 2.0
 GROUP_FEATURES = ("meta__user_id", "user_id")
+
+_INPUTS = ("num_continuous", "num_binary", "num_discrete", "vectors", "categorical", "bags")
 
 Report = dict[str, Any]
 """Partition → {"tasks": {task: {metric: value}}, "strata": …, "out_of_fold": …, "best": …}."""
@@ -75,19 +78,19 @@ def check_partitions(config: RecapConfig, features: Features) -> None:
     check_names(config.metric_names())
     for name, partition in config.validation_data.items():
         own = describe_features(partition)
-        for kind in ("num_continuous", "num_binary", "num_discrete", "vectors", "categorical"):
+        for kind in _INPUTS:
             if getattr(own, kind) != getattr(features, kind):
                 raise ConfigError(
                     f"validation_data.{name}: {kind} is {getattr(own, kind)}, that of train_data "
                     f"{getattr(features, kind)}; give both the same schema and preprocessing"
                 )
-    if config.group_by is not None and config.group_by not in features.ids:
-        raise ConfigError(
-            f"group_by: {config.group_by!r} is no id feature of the data; there are "
-            f"{', '.join(features.ids) or 'none'}"
-        )
-    for stratifier in config.model.stratifiers or ():
-        _column_of(stratifier, empty_batch(features))
+        if config.group_by is not None and config.group_by not in own.ids:
+            raise ConfigError(
+                f"group_by: {config.group_by!r} is no id feature of validation_data.{name}; there "
+                f"are {', '.join(own.ids) or 'none'}"
+            )
+        for stratifier in config.model.stratifiers or ():
+            _column_of(stratifier, empty_batch(own))
 
 
 def evaluate_model(
@@ -98,21 +101,28 @@ def evaluate_model(
     only: Collection[str] | None = None,
     *,
     fits: bool = False,
+    fitted_on: str | None = None,
 ) -> Report:
     """Metrics on each partition (of `only`, where given); all processes call this and get the same.
 
     fits: the learned calibration that the config asks for is fitted and set in the model; the
     partition it is fitted on is measured without it and, out of fold, with it.
+    fitted_on: the partition that the model's learned calibration was fitted on; it is measured in
+    the same way, and the model keeps what it has.
     """
     report: Report = {}
     was_training = model.training
     model.eval()
     if fits and config.calibration is not None:
+        fitted_on = config.calibration.partition
+    if fitted_on is not None and (fits or only is None or fitted_on in only):
+        learned = {name: value.clone() for name, value in model.calibration.state_dict().items()}
         model.reset_calibration()
-        predictions = predict_partition(config, config.calibration.partition, model, job)
-        report[config.calibration.partition] = _measure(config, predictions)
-        calibrated = _calibrate(config, model, predictions, job)
-        report[config.calibration.partition]["out_of_fold"] = calibrated
+        predictions = predict_partition(config, fitted_on, model, job)
+        report[fitted_on] = _measure(config, predictions)
+        report[fitted_on]["out_of_fold"] = _calibrate(config, model, predictions, job)
+        if not fits:
+            model.calibration.load_state_dict(learned)
     for name in config.validation_data:
         if name not in report and (only is None or name in only):
             report[name] = _measure(config, predict_partition(config, name, model, job))
@@ -158,6 +168,8 @@ def predict_partition(config: RecapConfig, name: str, model: RankingModel, job: 
         for one in stratifiers:
             strata[one.name].append(_column_of(one, batch) == one.value)
     none = torch.empty(0, len(tasks))
+    if distributed.any_process(any(bool(part.isnan().any()) for part in scores)):
+        raise DivergedError(f"the model gives NaN on validation_data.{name}: training has diverged")
     return Predictions(
         tasks=tasks,
         scores=torch.cat([none, *scores]),
@@ -252,7 +264,8 @@ def _calibrate(
     for column, task in enumerate(predictions.tasks):
         p, y, w = (array[:, column].astype(np.float64) for array in (scores, labels, weights))
         if not 0 < (y * w).sum() < w.sum():
-            logger.warning("calibration of %s is left out: its rows have one label only", task)
+            if job.is_chief:
+                logger.warning("calibration of %s is left out: its rows have one label only", task)
             continue
         x, mapped = fit(p, y, w).knots(model.num_calibration_knots)
         model.set_calibration(task, torch.from_numpy(x), torch.from_numpy(mapped))
@@ -262,7 +275,8 @@ def _calibrate(
                     p, y, learned.folds, config.training.seed, learned.kind, w
                 )
             except ValueError as error:  # a fold without one of the labels
-                logger.warning("%s cannot be measured out of fold: %s", task, error)
+                if job.is_chief:
+                    logger.warning("%s cannot be measured out of fold: %s", task, error)
     # Every process holds all rows here, and metrics are computed over processes: one gives them.
     groups = None
     if predictions.groups is not None:
@@ -334,54 +348,95 @@ def read_marks(save_dir: Path, step: int) -> Report:
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
-def follow(config: RecapConfig, save_dir: Path) -> int | None:
-    """Evaluate each complete step folder of a run as it appears, until the run is finished;
-    partitions that are marked done are left out. Returns None, or the number of the signal that
-    stopped it.
+def unmarked(config: RecapConfig, save_dir: Path, step: int) -> list[str]:
+    """Partitions that are not marked done at a step."""
+    folder = save_dir / FOLDER
+    return [n for n in config.validation_data if not (folder / n / f"{step}.json").exists()]
 
-    Raises CheckpointError when no new one has appeared for eval_timeout_in_s.
+
+def forget_marks(save_dir: Path, step: int) -> None:
+    """Remove the marks of steps after `step`: a run that goes on from there makes them again."""
+    for path in (save_dir / FOLDER).glob("*/*.json"):
+        if path.stem.isdigit() and int(path.stem) > step:
+            path.unlink()
+
+
+def write_metrics(save_dir: Path, step: int) -> None:
+    """Write metrics.json, which says that the run has ended at `step`, from the marks."""
+    result = {"step": step, "partitions": read_marks(save_dir, step)}
+    run_folder.write_json(save_dir / run_folder.METRICS, result)
+
+
+def follow(config: RecapConfig, save_dir: Path) -> int | None:
+    """Evaluate each complete step folder of a run as it appears, until the run is finished, and
+    complete its metrics.json; partitions that are marked done are left out. Returns None, or the
+    number of the signal that stopped it.
+
+    Raises CheckpointError when no new one has appeared for eval_timeout_in_s, ConfigError where
+    there is nothing to evaluate on.
     """
+    if not config.validation_data:
+        raise ConfigError("an evaluator (SPEC_TYPE) needs validation_data; there is none")
     with distributed.join(config.training.eval_timeout_in_s) as job, StopSignal() as stop:
         logs.set_up(job.rank)
         console = Console(soft_wrap=True, highlight=False)
         last_found = time.monotonic()
-        while stop.number is None:
+        while True:
+            # As the chief sees it: processes that look at different times see different folders.
             finished = run_folder.is_finished(save_dir)  # before looking: the last step counts
-            for step in checkpoint.complete_steps(save_dir):
-                if stop.number is None and _evaluate_step(config, save_dir, step, job, console):
-                    last_found = time.monotonic()
+            waited = time.monotonic() - last_found
+            steps = checkpoint.complete_steps(save_dir)
+            steps = [step for step in steps if unmarked(config, save_dir, step)]
+            finished, waited, steps = distributed.gather((finished, waited, steps))[0]
+            for step in steps:
+                if distributed.any_process(stop.number is not None):
+                    break
+                _evaluate_step(config, save_dir, step, job, console)
+                last_found = time.monotonic()
+            if distributed.any_process(stop.number is not None):
+                return stop.number or signal.SIGTERM
             if finished:
+                if job.is_chief and run_folder.is_finished(save_dir):
+                    end = json.loads((save_dir / run_folder.METRICS).read_text())["step"]
+                    write_metrics(save_dir, end)
                 return None
-            if time.monotonic() - last_found > config.training.eval_timeout_in_s:
+            if not steps and waited > config.training.eval_timeout_in_s:
                 raise CheckpointError(
                     f"no new step folder in {save_dir} for "
                     f"{config.training.eval_timeout_in_s:g} s (training.eval_timeout_in_s): is "
                     "the trainer running, with the same save_dir?"
                 )
-            time.sleep(POLL_S)
-        return stop.number
+            if not steps:
+                time.sleep(POLL_S)
 
 
 def _evaluate_step(
     config: RecapConfig, save_dir: Path, step: int, job: Job, console: Console
-) -> bool:
-    """Measure what is not marked done at a step; returns whether there was any."""
-    done = read_marks(save_dir, step)
-    left = [name for name in config.validation_data if name not in done]
-    if not left:
-        return False
+) -> None:
+    """Measure what is not marked done at a step."""
+    left = distributed.gather(unmarked(config, save_dir, step))[0]
     try:
         model, features = load_model(save_dir / str(step), config, job)
     except CheckpointError:
         if checkpoint.is_complete(save_dir / str(step)):
             raise
-        console.print(f"step {step:,} was removed before it could be read")
-        return False
+        if job.is_chief:
+            console.print(f"step {step:,} was removed before it could be read")
+        return
     report = evaluate_model(config, features, model, job, left)
     mark_done(save_dir, step, report, job)
-    console.print(f"step {step:,}")
-    show(report, console)
-    return True
+    if job.is_chief:
+        console.print(f"step {step:,}")
+        show(report, console)
+
+
+def _fitted_on(folder: Path, config: RecapConfig, model: RankingModel) -> str | None:
+    """The partition of the config whose rows the learned calibration of a step folder has seen."""
+    then = read_config(folder)
+    if not config.calibration or not then.calibration or not model.calibration.learned.any():
+        return None
+    name = then.calibration.partition
+    return name if config.validation_data.get(name) == then.validation_data[name] else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -415,7 +470,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.join(config.training.eval_timeout_in_s) as job:
             logs.set_up(job.rank)
             model, features = load_model(folder, config, job)
-            report = evaluate_model(config, features, model, job, arguments.partition)
+            fitted_on = _fitted_on(folder, config, model)
+            report = evaluate_model(
+                config, features, model, job, arguments.partition, fitted_on=fitted_on
+            )
         if not job.is_chief:
             return
         if arguments.json:

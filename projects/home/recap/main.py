@@ -33,11 +33,12 @@ from projects.home.recap.optimizer import RecapOptimizer
 from projects.home.recap.update import Update
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
+from tml.data.parquet import DataError
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
 from tml.logs import MetricLog
 from tml.machines import container, environment
-from tml.train import Loop, Place, Progress, StepResult
+from tml.train import DivergedError, Loop, Place, Progress, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def run(
     """
     with distributed.join(config.training.eval_timeout_in_s) as job:
         logs.set_up(job.rank)
-        _announce_ignored(config)
+        if job.is_chief:
+            _announce_ignored(config)
         if container.vanishes(save_dir):
             logger.warning("warning: %s", container.advice("save_dir", save_dir))
         torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
@@ -85,17 +87,22 @@ def run(
             use_weights=training.downsampling_correction == "weights",
         )
 
-        # Run folder.
-        if job.is_chief:
-            run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
-        distributed.barrier()
-        log = MetricLog(save_dir, job.rank)
-
         # Model and optimizer; large tables carry theirs.
         model, tables = build_model(config, features, job)
         optimizer = RecapOptimizer(config.optimizer, model)
         large = tables.state() if tables is not None else {}
         state = {**model_state(model, tables), **large, **optimizer.state()}
+
+        # Run folder. What can be wrong with a new run is found before an earlier one is removed.
+        log = MetricLog(save_dir, job.rank)
+        repeats = repeat and run_folder.is_finished(save_dir)
+        starts_anew = overwrite or repeats or not checkpoint.complete_steps(save_dir)
+        if starts_anew and training.initial_checkpoint_dir is not None:
+            _warm_start(config, model_state(model, tables), log)
+        distributed.barrier()
+        if job.is_chief:
+            run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
+        distributed.barrier()
 
         # Resuming is the normal path: a run starts from its last complete step folder where there
         # is one.
@@ -106,28 +113,27 @@ def run(
             position = dataset.resume(meta["data_position"])
             progress = Progress.from_json(meta, position, chief=job.is_chief)
             checkpoint.load(folder, state, strict=True)
-            run_folder.announce_changes(folder, config)
+            # The config's, which may have changed: sampling is undone once.
+            model.set_sampling_ratios(config.sampling_ratios())
+            if job.is_chief:
+                run_folder.announce_changes(folder, config)
             log.say(f"resuming {save_dir} at step {progress.step:,}")
-        elif training.initial_checkpoint_dir is not None:
-            _warm_start(config, model_state(model, tables), log)
         log.rewind(progress.step)
         if job.is_chief:
+            evaluate.forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
         total_steps = _total_steps(config, progress.step, dataset.steps_from(position))
         if job.is_chief and (total_steps is None or progress.step < total_steps):
             (save_dir / run_folder.METRICS).unlink(missing_ok=True)  # of before it was prolonged
         log.say(_describe(config, features, job, model, dataset.num_rows, total_steps))
-        if progress.step and progress.step == total_steps:
-            log.say(
-                f"the run is finished, nothing is left to train; --repeat moves {save_dir} aside "
-                "and trains anew, --overwrite_save_dir removes it first"
-            )
 
         compiles = config.runtime.enable_compile and not debug
         updates = Update(config, model, tables, optimizer, job, compiles=compiles)
-        progress_at_start = progress.step
+        progress_at_start = calibrated_at = progress.step
 
         def update(batch: RankingBatch, step: int) -> StepResult:
+            if step == calibrated_at:  # what was fitted to the weights of then
+                model.reset_calibration()
             result = updates(batch, step)
             if step == progress_at_start:
                 elapsed = run_folder.seconds_since_start()
@@ -135,6 +141,7 @@ def run(
             return result
 
         def save(progress: Progress) -> None:
+            _refuse_divergence(model, progress.step)
             distributed.average_buffers(model)
             meta = {
                 **progress.to_json(),
@@ -145,7 +152,10 @@ def run(
             checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep)
 
         def validate() -> dict[str, Any]:
+            nonlocal calibrated_at
+            _refuse_divergence(model, progress.step)
             distributed.average_buffers(model)
+            calibrated_at = progress.step
             report = evaluate.evaluate_model(config, features, model, job, fits=True)
             if job.is_chief:
                 evaluate.show(report, log.console)
@@ -159,6 +169,7 @@ def run(
             update=update,
             save=save,
             total_steps=total_steps,
+            may_end_early=training.num_epochs is not None and dataset.steps_from(position) is None,
             log_every=1 if debug else training.train_log_every_n,
             unit="examples",
             checkpoint_every=training.checkpoint_every_n,
@@ -169,21 +180,52 @@ def run(
             batches: Iterator[tuple[RankingBatch, Place]] = dataset.batches(position)
             with nullcontext(batches) if debug else prefetch(batches) as ahead:
                 stopped_by = loop.run(ahead, progress)
-        if dataset.num_errors:
-            log.say(f"{dataset.num_errors:,} records could not be read and were left out")
+        if num_errors := sum(distributed.gather(dataset.num_errors)):
+            log.say(f"{num_errors:,} records could not be read and were left out")
         if stopped_by is not None:
             log.say(
                 f"stopped by signal {stopped_by} after step {progress.step:,}; saved, "
                 "start again to go on"
             )
             return stopped_by
+        if progress.step and progress.step == progress_at_start:
+            log.say(
+                f"the run is finished, nothing is left to train; --repeat moves {save_dir} aside "
+                "and trains anew, --overwrite_save_dir removes it first"
+            )
+        if not progress.step:
+            raise DataError(
+                "nothing was trained: the data ended before a whole batch of "
+                f"{config.train_data.global_batch_size * (training.gradient_accumulation or 1):,} "
+                "rows; lower train_data.global_batch_size, or give it more data"
+            )
+        left = distributed.gather(evaluate.unmarked(config, save_dir, progress.step))[0]
+        if evaluates and left:
+            # The run ended at a step of a former one that was not its last.
+            report = evaluate.evaluate_model(config, features, model, job, left)
+            log.write("validation", {"step": progress.step, "partitions": report})
+            if job.is_chief:
+                evaluate.show(report, log.console)
+            evaluate.mark_done(save_dir, progress.step, report, job)
         if job.is_chief:
-            report = evaluate.read_marks(save_dir, progress.step)
-            result = {"step": progress.step, "partitions": report}
-            run_folder.write_json(save_dir / run_folder.METRICS, result)
-            log.say(f"metrics: {save_dir / run_folder.METRICS}")
+            evaluate.write_metrics(save_dir, progress.step)
+            follow = "" if evaluates or not config.validation_data else ", by the evaluator"
+            log.say(f"metrics: {save_dir / run_folder.METRICS}{follow}")
         distributed.barrier()
         return None
+
+
+def _refuse_divergence(model: RankingModel, step: int) -> None:
+    """Raise DivergedError on every process where a parameter is no finite number: a loss is that
+    of the weights before its update.
+    """
+    finite = all(bool(torch.isfinite(p.detach()).all()) for p in model.parameters())
+    if distributed.any_process(not finite):
+        raise DivergedError(
+            f"parameters are no finite numbers after step {step:,}: training has diverged; lower "
+            "the learning rates and start again, from the last complete checkpoint, or anew with "
+            "--overwrite_save_dir"
+        )
 
 
 def _rows_of_process(config: RecapConfig, job: Job) -> int:
@@ -199,10 +241,10 @@ def _rows_of_process(config: RecapConfig, job: Job) -> int:
 
 
 def _total_steps(config: RecapConfig, step: int, left: int | None) -> int | None:
-    """The number of the last step; None where the data's end is not known ahead."""
+    """The number of the last step, at the most; None where the data's end alone decides."""
     wanted = config.training.num_train_steps
     if left is None:
-        return None if config.training.num_epochs is not None and wanted is None else wanted
+        return wanted
     total = step + left
     return total if wanted is None else max(step, min(total, wanted))
 
@@ -215,6 +257,8 @@ def _warm_start(config: RecapConfig, state: dict[str, Any], log: MetricLog) -> N
     checkpoint.load_meta(folder)
     if training.initial_checkpoint_parts is not None:
         state = _parts(state, training.initial_checkpoint_parts, list(config.model.tasks))
+    # How probabilities were corrected is a matter of the other run's data.
+    state = {n: v for n, v in state.items() if not n.startswith("model.calibration.")}
     checkpoint.load(folder, state)
     log.say(f"starting from {folder}: {len(state):,} tensors")
 
@@ -251,6 +295,11 @@ def _announce_ignored(config: RecapConfig) -> None:
         logger.warning("%s.%s is set but has no meaning here%s", places[0], key, rest)
     if config.runtime.wandb is not None:
         logger.warning("runtime.wandb is set but not used: metrics are in metrics.jsonl")
+    if config.training.eval_log_every_n is not None and config.validation_data:
+        logger.warning(
+            "training.eval_log_every_n is set but has no meaning here: passes over "
+            "validation_data are shown whole; validate_every_n says when they come"
+        )
     if not config.validation_data:
         for name in ("num_eval_steps", "eval_log_every_n", "validate_every_n"):
             if getattr(config.training, name) is not None:

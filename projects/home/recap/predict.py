@@ -29,6 +29,7 @@ from tml import distributed, logs, program
 from tml.config import ConfigError, read_yaml
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
+from tml.train import StopSignal
 
 ROWS_AT_ONCE = 2048
 
@@ -61,9 +62,10 @@ def predict(
     output: Path,
     job: Job,
     weights: dict[str, float] | None = None,
+    stop: StopSignal | None = None,
 ) -> int:
     """Score the files that match `inputs` into the parquet file `output`, which appears when it is
-    whole; returns the number of rows.
+    whole; returns the number of rows. A signal noted in `stop` ends it without a file.
     """
     data = config.train_data.model_copy(
         update={
@@ -85,6 +87,7 @@ def predict(
         shuffle=False,
         needs_labels=False,
     )
+    new_folders = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     schema = _schema(features.ids, model.tasks, scores=weights is not None)
@@ -95,11 +98,15 @@ def predict(
             pq.ParquetWriter(temporary, schema) as writer,
         ):
             for table in _tables((b for b, _ in batches), config, model, job, schema, weights):
+                if stop is not None and stop.number is not None:
+                    return num_rows
                 writer.write_table(table)
                 num_rows += table.num_rows
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
+        for folder in new_folders if not output.exists() else ():
+            folder.rmdir()
     return num_rows
 
 
@@ -145,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Score rows with a trained ranker.")
     parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
     parser.add_argument("--step", type=int, help="step folder; default: the newest complete one")
-    parser.add_argument("--inputs", required=True, help="glob of the files; same kind as trained on")
+    parser.add_argument(
+        "--inputs", required=True, help="glob of the files; same kind as trained on"
+    )
     parser.add_argument("--output", type=Path, required=True, help="parquet file that is written")
     parser.add_argument("--weights", type=Path, help="YAML file, task: weight; adds `score`")
     parser.add_argument(
@@ -158,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    def score() -> None:
+    def score() -> int | None:
         folder = resolve_step(arguments.run, arguments.step)
         config = read_config(folder, tuple(arguments.overrides))
         weights = None
@@ -172,10 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             logs.set_up(job.rank)
             model, _ = load_model(folder, config, job)
-            rows = predict(config, model, arguments.inputs, arguments.output, job, weights)
+            with StopSignal() as stop:
+                rows = predict(
+                    config, model, arguments.inputs, arguments.output, job, weights, stop
+                )
+        if stop.number is not None:
+            return stop.number
         Console(soft_wrap=True, highlight=False).print(
             f"{rows:,} rows scored: {arguments.output}", markup=False
         )
+        return None
 
     return program.exit_code(score, arguments.output)
 

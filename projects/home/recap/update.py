@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Update:
         self._optimizer = optimizer
         self._job = job
         self._micro_batches = config.training.gradient_accumulation or 1
+        self._seed = config.training.seed
         self._amp = config.runtime.enable_amp
         self._network = replicate(model, job, compiles=compiles)
 
@@ -49,6 +51,9 @@ class Update:
         """See the class. The loss told is the sum over rows of the mean over tasks."""
         model, job = self._model, self._job
         model.train()
+        # Dropout of an update depends on its number alone: a run that is taken up draws the same.
+        key = np.random.SeedSequence([self._seed, step, job.rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         batch = batch.to(job.device)
         rows_all = int(distributed.all_reduce_sum(torch.tensor(len(batch))))
         rates = {}
@@ -97,9 +102,11 @@ def replicate(model: RankingModel, job: Job, *, compiles: bool) -> Any:
 def _split(
     batch: RankingBatch, rows: dict[str, Tensor], parts: int
 ) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
-    """The update's micro-batches, each with its rows of the large tables."""
+    """The update's micro-batches, each with its rows of the large tables; fewer than `parts` where
+    they would have a single row, as at the end of an epoch, which batch norm in towers refuses.
+    """
     start = 0
-    for part in batch.split(parts):
+    for part in batch.split(min(parts, max(1, len(batch) // 2))):
         stop = start + len(part)
         yield part, {name: values[start:stop] for name, values in rows.items()}
         start = stop
