@@ -44,8 +44,11 @@ class MetricLog:
             return
         kept = [record for record in read_records(self._path) if record.get("step", 0) <= step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self._path)
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.replace(self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write(self, kind: str, record: Record) -> None:
         """Append one record of a `kind` ("train", "validation", "metrics", …) and flush it."""

@@ -50,8 +50,11 @@ def is_finished(save_dir: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that the file is whole or absent."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def provenance(job: Job) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def run(
     """
     with distributed.join(config.training.eval_timeout_in_s) as job:
         logs.set_up(job.rank)
-        _announce_ignored(config)
+        if job.is_chief:
+            _announce_ignored(config)
         if container.vanishes(save_dir):
             logger.warning("warning: %s", container.advice("--save_dir", save_dir))
         torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
@@ -104,7 +105,8 @@ def run(
             position = Position.from_json(meta["data_position"])
             progress = Progress.from_json(meta, position, chief=job.is_chief)
             checkpoint.load(folder, state)
-            run_folder.announce_changes(folder, config)
+            if job.is_chief:
+                run_folder.announce_changes(folder, config)
             log.say(f"resuming {save_dir} at step {progress.step:,}")
         else:
             _initialise(config, tables.fill, state)

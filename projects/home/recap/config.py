@@ -99,6 +99,8 @@ class RecapConfig(Config):
         _refuse_missing("train_data.tasks", tasks, list(self.train_data.tasks))
         for name, partition in self.validation_data.items():
             where = f"validation_data.{name}"
+            if Path(name).name != name:
+                raise ValueError(f"{where}: a partition names a folder below save_dir; leave out /")
             wanted = partition.evaluation_tasks or tasks
             _refuse_missing(f"{where}.tasks", wanted, list(partition.tasks))
             for task in wanted:
