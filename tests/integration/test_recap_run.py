@@ -84,6 +84,19 @@ def calibration(folder: Path) -> tuple[float, bool]:
     return ratio, bool(saved["model.calibration.learned"])
 
 
+def test_a_run_taken_up_has_the_very_weights_of_an_unbroken_one(make: Make, tmp_path: Path) -> None:
+    changes = {
+        "model__tasks__click__mlp_config": {"layer_sizes": [8, 1], "dropout": {"rate": 0.5}},
+        "calibration": {"partition": "all"},
+    }
+    run(make(**changes, training__num_train_steps=6), tmp_path / "unbroken")
+    for steps in (3, 6):
+        run(make(**changes, training__num_train_steps=steps), tmp_path / "broken")
+    one, two = (checkpoint.load_whole(tmp_path / name / "6") for name in ("unbroken", "broken"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
 def test_marks_of_steps_that_are_trained_anew_are_forgotten(make: Make, tmp_path: Path) -> None:
     run(make(), tmp_path)
     for name in ("all", "dropped"):
@@ -151,6 +164,15 @@ def test_a_calibration_is_saved_with_the_weights_it_was_fitted_to_and_no_others(
     run(config, tmp_path)
     learned = {step: calibration(tmp_path / str(step))[1] for step in (2, 4, 6, 8)}
     assert learned == {2: False, 4: True, 6: False, 8: True}
+
+
+@pytest.mark.parametrize("folds", [0, 1])
+def test_what_cannot_be_measured_out_of_fold_is_not_shown_as_if_it_were(
+    folds: int, make: Make, tmp_path: Path
+) -> None:
+    run(make(calibration={"partition": "all", "folds": folds, "kind": "isotonic"}), tmp_path)
+    assert calibration(tmp_path / "4") == (0.0, True)
+    assert "out_of_fold" not in metrics(tmp_path)["partitions"]["all"]
 
 
 def test_evaluate_does_not_praise_a_calibration_on_the_rows_it_was_fitted_on(

@@ -90,6 +90,10 @@ def test_a_learning_rate_of_no_task_is_refused() -> None:
     ("change", "message"),
     [
         ({"training": {"num_train_steps": None, "num_epochs": None}}, "training would have no end"),
+        (
+            {"training": {"num_train_steps": 1, "initial_checkpoint_parts": ["inputs"]}},
+            "set initial_checkpoint_dir",
+        ),
         ({"validation_data": {"a/b": tree()["train_data"]}}, "a partition names a folder"),
         ({"calibration": {"partition": "test"}}, "'test' is not in validation_data"),
         (

@@ -38,7 +38,7 @@ class TrainingConfig(train.TrainingConfig):
 
     num_epochs: PositiveInt | None = None
     """Passes over the training rows. Unset: without end, num_train_steps then has to be set."""
-    initial_checkpoint_parts: list[str] | None = None
+    initial_checkpoint_parts: list[str] | None = Field(default=None, min_length=1)
     """What is taken from initial_checkpoint_dir: `inputs` (normalisation, embeddings), `backbone`,
     `towers`, or a task's name for its tower. Unset: all.
     """
@@ -57,6 +57,8 @@ class TrainingConfig(train.TrainingConfig):
     def _check_end(self) -> Self:
         if self.num_epochs is None and self.num_train_steps is None:
             raise ValueError("set num_train_steps or num_epochs: training would have no end")
+        if self.initial_checkpoint_parts is not None and self.initial_checkpoint_dir is None:
+            raise ValueError("initial_checkpoint_parts: set initial_checkpoint_dir, parts of what")
         return self
 
 
@@ -70,7 +72,9 @@ class CalibrationConfig(Config):
     partition: str
     """Partition of validation_data that it is fitted on."""
     folds: NonNegativeInt = 5
-    """Cross-fitting: calibration is measured out of fold, on rows that it was not fitted on."""
+    """Cross-fitting: calibration is measured out of fold, on rows that it was not fitted on. Below
+    2: it is not measured.
+    """
 
 
 class RecapConfig(Config):

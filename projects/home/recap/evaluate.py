@@ -120,7 +120,8 @@ def evaluate_model(
         model.reset_calibration()
         predictions = predict_partition(config, fitted_on, model, job)
         report[fitted_on] = _measure(config, predictions)
-        report[fitted_on]["out_of_fold"] = _calibrate(config, model, predictions, job)
+        if measured := _calibrate(config, model, predictions, job):
+            report[fitted_on]["out_of_fold"] = measured
         if not fits:
             model.calibration.load_state_dict(learned)
     for name in config.validation_data:
@@ -249,8 +250,8 @@ def _measure(config: RecapConfig, predictions: Predictions) -> Report:
 def _calibrate(
     config: RecapConfig, model: RankingModel, predictions: Predictions, job: Job
 ) -> Report:
-    """Fit a map a task on the rows of all processes, set it in the model, and measure it out of
-    fold.
+    """Fit a map a task on the rows of all processes, set it in the model, and measure those that
+    can be out of fold; {} where there is none.
     """
     learned = config.calibration
     assert learned is not None
@@ -259,8 +260,8 @@ def _calibrate(
     )
     scores, labels, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     fit = {"isotonic": calibration.fit_isotonic, "platt": calibration.fit_platt}[learned.kind]
-    measured = BinaryMetrics(predictions.tasks, config.metric_names())
     out_of_fold = scores.copy()
+    columns = []
     for column, task in enumerate(predictions.tasks):
         p, y, w = (array[:, column].astype(np.float64) for array in (scores, labels, weights))
         if not 0 < (y * w).sum() < w.sum():
@@ -274,18 +275,23 @@ def _calibrate(
                 out_of_fold[:, column] = calibration.cross_fitted(
                     p, y, learned.folds, config.training.seed, learned.kind, w
                 )
+                columns.append(column)
             except ValueError as error:  # a fold without one of the labels
                 if job.is_chief:
                     logger.warning("%s cannot be measured out of fold: %s", task, error)
+    if not columns:
+        return {}
     # Every process holds all rows here, and metrics are computed over processes: one gives them.
     groups = None
     if predictions.groups is not None:
         groups = torch.from_numpy(np.concatenate(distributed.gather(predictions.groups.numpy())))
     rows = slice(None) if job.is_chief else slice(0, 0)
+    tasks = [predictions.tasks[column] for column in columns]
+    measured = BinaryMetrics(tasks, config.metric_names())
     measured.update(
-        torch.from_numpy(out_of_fold[rows]),
-        torch.from_numpy(labels[rows]),
-        torch.from_numpy(weights[rows]),
+        torch.from_numpy(out_of_fold[rows][:, columns]),
+        torch.from_numpy(labels[rows][:, columns]),
+        torch.from_numpy(weights[rows][:, columns]),
         None if groups is None else groups[rows],
     )
     return measured.compute().to_json()
