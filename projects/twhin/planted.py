@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tml.config import Config, ConfigError
+from tml.data.folders import FolderBusyError, new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,8 +98,6 @@ def ensure(config: PlantedConfig, folder: Path) -> Path:
 
     Raises ConfigError if the folder holds anything else.
     """
-    from projects.twhin.prepare import FolderBusyError
-
     while not is_made(config, folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / PLANTED).exists():
             raise ConfigError(
@@ -136,7 +135,7 @@ def generate(config: PlantedConfig, folder: Path) -> dict[str, Any]:
 
     truth = draw_truth(config)
     graph = draw_graph(config, truth)
-    with prepare.new_folder(folder, overwrite=True) as partial:
+    with new_folder(folder, prepare.COUNTS, overwrite=True) as partial:
         prepare.write_graph(partial, graph, config.seed)
         made = {
             "version": VERSION,

@@ -26,15 +26,11 @@ training edge too is kept and counted.
 
 import argparse
 import csv
-import fcntl
 import gzip
 import json
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +45,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from tml.config import ConfigError, read_yaml
+from tml.data.folders import new_folder
 from tml.machines import container
 
 SPLITS = ("train", "valid", "test")
@@ -58,6 +55,8 @@ ROW_GROUP_ROWS = 1 << 16
 PART_ROWS = 1 << 22
 MAX_ROWS_SHOWN = 12
 MAX_NAME_SHOWN = 40
+COUNTS = "counts.json"
+"""The file by which an output folder is known as one."""
 
 Ints = NDArray[np.int64]
 Columns = dict[str, Ints]
@@ -66,10 +65,6 @@ Columns = dict[str, Ints]
 
 class PrepareError(ConfigError):
     """Input or a flag that the caller has to mend; the message says what, where and how."""
-
-
-class FolderBusyError(PrepareError):
-    """Another process writes the output."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ def prepare(options: Options) -> dict[str, Any]:
     can mend.
     """
     _check_options(options)
-    with new_folder(options.output, options.overwrite) as folder:
+    with new_folder(options.output, COUNTS, options.overwrite) as folder:
         frames = {
             split: read_edges(paths, options)
             for split in SPLITS
@@ -597,88 +592,6 @@ def _width(graph: Graph) -> int:
 # Writing
 
 
-@contextmanager
-def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes the name `folder` once the block ends well; whatever else happens
-    leaves nothing behind.
-
-    Refuses a folder that has something in it, unless `overwrite`; then it stays until the new one
-    is complete.
-    """
-    folder = Path(os.path.abspath(folder))
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PrepareError(
-            f"output {folder} exists and is not empty; choose another or --overwrite it"
-        )
-    ours = not folder.is_dir() or not any(folder.iterdir()) or (folder / "counts.json").exists()
-    if not ours:
-        raise PrepareError(
-            f"output {folder} holds something else than prepared edges (no counts.json), it is not "
-            "overwritten; choose another --output"
-        )
-    partial = folder.with_name(f".{folder.name}.partial")
-    with _locked(partial):
-        try:
-            yield partial
-            _replace(folder, partial)
-        except OSError as error:
-            what = f"{error.strerror or error}"
-            raise PrepareError(
-                f"output {folder} cannot be written: {what}; free space or choose another --output"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """An empty folder `partial` that no other process fills; what a killed one left in it is
-    removed.
-    """
-    try:
-        descriptor = _lock(partial)
-    except BlockingIOError as error:
-        raise FolderBusyError(
-            f"another process is writing {partial}; wait for it or choose another --output"
-        ) from error
-    except OSError as error:
-        raise PrepareError(
-            f"output {partial.parent} cannot be written: {error.strerror}; choose another --output"
-        ) from error
-    try:
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(partial: Path) -> int:
-    """Descriptor of the locked folder; the lock ends with the process, however it ends."""
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between open and flock the folder may have been finished and renamed by its owner.
-            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
-                return descriptor
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_graph(folder: Path, graph: Graph, seed: int) -> dict[str, Any]:
     """Fill `folder` with all that the docstring above lists; returns the counts."""
     counts = count(graph)
@@ -692,7 +605,7 @@ def write_graph(folder: Path, graph: Graph, seed: int) -> dict[str, Any]:
         )
         pq.write_table(table, folder / "vocab" / f"{kind}.parquet")
     (folder / "graph.yaml").write_text(_config_fragment(graph))
-    (folder / "counts.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+    (folder / COUNTS).write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
     return counts
 
 

@@ -19,8 +19,9 @@ import pytest
 
 from projects.twhin import prepare
 from projects.twhin.config import TwhinConfig
-from projects.twhin.prepare import Options, PrepareError, Relation
+from projects.twhin.prepare import Options, Relation
 from tml.config import load_config
+from tml.data.folders import FolderBusyError, FolderError, new_folder
 
 ROOT = Path(__file__).parents[2]
 LIKE = Relation("like", "user", "video")
@@ -438,7 +439,7 @@ def test_a_full_output_folder_is_refused_and_replaced_only_when_asked(
     bad = ["--train", write("b.tsv", "u\tlike\n"), "--output", output, *BOTH, "--overwrite"]
     assert run(*bad) == 2
     assert run(*command, "--overwrite") == 2
-    assert "something else than prepared edges" in capsys.readouterr().err
+    assert "holds something else" in capsys.readouterr().err
     assert (output / "thesis.txt").exists(), "only prepared edges are overwritten"
     (output / "counts.json").write_text("{}")
     assert run(*bad) == 2
@@ -449,15 +450,25 @@ def test_a_full_output_folder_is_refused_and_replaced_only_when_asked(
 
 
 def test_a_folder_that_another_process_fills_is_left_to_it(tmp_path: Path) -> None:
-    with prepare.new_folder(tmp_path / "out") as partial:
+    with new_folder(tmp_path / "out", "marker") as partial:
         (partial / "file").touch()
         with (
-            pytest.raises(prepare.FolderBusyError, match="another process"),
-            prepare.new_folder(tmp_path / "out"),
+            pytest.raises(FolderBusyError, match="another process"),
+            new_folder(tmp_path / "out", "marker"),
         ):
             pass
         assert (partial / "file").exists()
     assert (tmp_path / "out" / "file").exists()
+
+
+def test_a_file_in_the_place_of_the_output_is_never_overwritten(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = write("thesis.txt", "three years")
+    command = ["--train", write("a.tsv", EDGES), "--output", output, *BOTH, "--overwrite"]
+    assert run(*command) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert output.read_text() == "three years"
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(write: Write, tmp_path: Path) -> None:
@@ -520,5 +531,5 @@ def test_prepare_can_be_called(write: Write, tmp_path: Path) -> None:
     train = write("a.tsv", "u\tlike\tv\n")
     counts = prepare.prepare(Options(tmp_path / "out", [train], relations=[LIKE]))
     assert counts["edges"] == {"train": 1}
-    with pytest.raises(PrepareError, match="not empty"):
+    with pytest.raises(FolderError, match="not empty"):
         prepare.prepare(Options(tmp_path / "out", [train], relations=[LIKE]))
