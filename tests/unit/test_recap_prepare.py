@@ -100,6 +100,33 @@ def test_labels_of_the_same_day_later_days_and_validation_change_no_rate(tmp_pat
     assert not validation[0].select(rates).equals(validation[1].select(rates))  # day 3 counts
 
 
+def test_a_row_held_out_of_the_training_span_sees_earlier_days_alone(tmp_path: Path) -> None:
+    # Held out: user h on day 2. Training: users a to d on days 1, 2, 3 under the same item.
+    rows: dict[str, list[Any]] = {
+        "user": ["a", "b", "h", "c", "d", "v"],
+        "item": [7, 7, 7, 7, 7, 7],
+        "day": [20240101, 20240101, 20240102, 20240102, 20240103, 20240104],
+        "click": [1, 0, 1, 1, 0, 1],
+    }
+    split = {**CONFIG["split"], "hold_out": {"share": 0.2, "key": "user"}}
+    encodings = [{"keys": ["item"], "prior": 2}]
+    for seed in range(100):  # until the hash holds out h alone
+        config = {"split": split, "target_encodings": encodings, "ids": ["item"], "seed": seed}
+        summary = make(tmp_path, rows, categorical={"user": None}, **config)
+        held = read(tmp_path, "held_out") if "held_out" in summary["rows"] else None
+        if held is not None and len(held) == 1 and len(read(tmp_path)) == 4:
+            vocabulary = pl.read_parquet(tmp_path / "out" / "vocabularies" / "user.parquet")
+            if "h" not in vocabulary["value"]:
+                break
+    else:
+        raise AssertionError("no seed holds out h")
+    # Two rows of day 1, one of them a click, of a mean of 1/2: no more is known on day 2.
+    assert close(held["item:count"], [math.log1p(2)])
+    assert close(held["item:click"], [logit((1 + 2 * 0.5) / 4) - logit(0.5)])
+    assert close(read(tmp_path)["item:count"], [0, 0, math.log1p(2), math.log1p(3)])
+    assert close(read(tmp_path, "validation")["item:count"], [math.log1p(4)])
+
+
 def test_a_row_of_a_fold_sees_the_other_folds_only(tmp_path: Path) -> None:
     encodings = [{"keys": ["user"], "prior": 0, "fold": "kfold", "folds": 2}]
     rows = {**ROWS, "click": [0, 0, 0, 0, 0, 1]}
@@ -131,7 +158,7 @@ def test_the_log_odds_of_a_rate_stay_finite() -> None:
 
 
 def test_a_history_gives_counts_and_rates_by_key_and_by_joined_key(tmp_path: Path) -> None:
-    rows = {**ROWS, "item": [1, 1, 2, 2, 1, 3]}
+    rows: dict[str, list[Any]] = {**ROWS, "item": [1, 1, 2, 2, 1, 3]}
     items = {"item": [1, 2, 3], "maker": ["m", "m", "n"]}
     events = {
         "who": ["a", "a", "a", "b"],
@@ -324,6 +351,30 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     users = {"user": ["b", "b"], "age": [30, 40]}
     with pytest.raises(DataError, match="user 'b' is there more than once"):
         make(tmp_path, ROWS, users, joins=[{"table": "other0", "key": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["1", "01", "x"], "cannot be compared"),
+        (["1", "01", "3"], "item 1 is there more than once"),
+        ([1.0, 1.5, 3.0], "holds 1.5, that of the rows whole numbers"),
+    ],
+)
+def test_keys_that_become_one_in_the_type_of_the_rows_double_no_row(
+    tmp_path: Path, keys: list[Any], message: str
+) -> None:
+    rows: dict[str, list[Any]] = {**ROWS, "item": [1, 1, 2, 2, 1, 3]}
+    items = {"item": keys, "maker": ["m", "n", "o"]}
+    text = ["item"] if isinstance(keys[0], str) else []
+    with pytest.raises(DataError, match=message):
+        make(
+            tmp_path,
+            rows,
+            items,
+            joins=[{"table": "other0", "key": "item"}],
+            inputs={"other0": {"text": text}},
+        )
 
 
 def test_a_joined_column_that_the_rows_have_needs_a_prefix(tmp_path: Path) -> None:

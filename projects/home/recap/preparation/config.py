@@ -204,8 +204,8 @@ class TargetEncodingConfig(Config):
     prior: NonNegativeFloat | dict[str, NonNegativeFloat] = 20.0
     """Rows that the mean counts for, of all labels or by task; rare labels need more."""
     fold: Literal["days", "kfold"] = "days"
-    """What a training row sees. days: the training rows of earlier days; kfold: those of other
-    folds, later ones too. Rows that are not trained on see all training rows.
+    """What a training row sees. days: the training rows of earlier days, and so do rows that are
+    held out; kfold: those of other folds, later ones too. Other rows see all training rows.
     """
     folds: int = Field(default=5, ge=2)
     """Number of folds, drawn at random."""

@@ -1,7 +1,8 @@
 """What happened before: smoothed rates of labels and counts, by keys, without looking ahead.
 
-A training row sees the training rows of earlier days (or of other folds), a row that is not trained
-on sees all training rows, and both see the events of a history, which all happened before them.
+A training row sees the training rows of earlier days (or of other folds), and so does a row that is
+held out of the training span; rows of validation and test see all training rows. All see the events
+of a history, which all happened before them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -106,18 +107,25 @@ def _earlier_days(
     train = table[SPLIT] == "train"
     trained = table.filter(train)
     outside = _look_up(table, _totals(trained, keys, sums), keys)
+    # Rows held out of the training span see no more than the training rows of their day; they tell
+    # nothing themselves, but their days must be found.
+    within = table[SPLIT].is_in(["train", "held_out"])
+    counted = table.with_columns(train.cast(pl.Float64).alias(COUNT)).with_columns(
+        pl.col(sums) * pl.col(COUNT)
+    )
 
     def before(by: list[str]) -> pl.DataFrame:
-        daily = _totals(trained, [*by, DAY], sums).sort(DAY)
+        known = counted.filter(within).drop_nulls(by)
+        daily = known.group_by([*by, DAY]).agg(pl.col([*sums, COUNT]).sum()).sort(DAY)
         running = pl.col([*sums, COUNT]).cum_sum()
         running = running.over(by, order_by=DAY) if by else running
         return daily.with_columns(running - pl.col([*sums, COUNT]))
 
-    seen = _choose(train, _look_up(table, before(list(keys)), [*keys, DAY]), outside)
+    seen = _choose(within, _look_up(table, before(list(keys)), [*keys, DAY]), outside)
     # The mean is looked up in the same way, so that it does not look ahead either.
     earlier = _look_up(table, before([]), [DAY])
     means = _choose(
-        train, earlier.select(pl.col(sums) / pl.col(COUNT)), _constant(trained, sums, len(table))
+        within, earlier.select(pl.col(sums) / pl.col(COUNT)), _constant(trained, sums, len(table))
     )
     return seen, means
 

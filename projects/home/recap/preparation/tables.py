@@ -119,7 +119,8 @@ def join(rows: pl.DataFrame, tables: Tables, options: JoinConfig) -> pl.DataFram
         need(table, column, where)
     if options.columns is not None:
         table = table.select(options.key, *options.columns)
-    key = table[options.key]
+    # In the type of the rows: keys that differ as text or as fractions may be one number there.
+    key = same_type(table[options.key], rows[options.key], where)
     if (doubled := key.is_duplicated() & key.is_not_null()).any():
         raise DataError(
             f"{where}: {options.key} {key.filter(doubled)[0]!r} is there more than once; the rows "
@@ -130,14 +131,20 @@ def join(rows: pl.DataFrame, tables: Tables, options: JoinConfig) -> pl.DataFram
         raise ConfigError(
             f"{where}: the rows have {', '.join(clash)} already; set another prefix, or columns"
         )
-    table = table.rename(added).with_columns(same_type(key, rows[options.key], where))
+    table = table.rename(added).with_columns(key)
     return rows.join(table, on=options.key, how="left", maintain_order="left")
 
 
 def same_type(key: pl.Series, like: pl.Series, where: str) -> pl.Series:
     """`key` in the type of `like`, so that equal values meet; raises DataError if it cannot be."""
     try:
-        return key.cast(like.dtype)
+        cast = key.cast(like.dtype)
+        if key.dtype.is_float() and like.dtype.is_integer() and (cut := cast != key).any():
+            raise DataError(
+                f"{where}: column {key.name!r} holds {key.filter(cut)[0]}, that of the rows whole "
+                "numbers; mend the column"
+            )
+        return cast
     except pl.exceptions.PolarsError as error:
         raise DataError(
             f"{where}: column {key.name!r} ({key.dtype}) cannot be compared with that of the rows "
