@@ -24,7 +24,7 @@ from tml.logs import read_records
 from tml.train import DivergedError, StopSignal
 
 ROWS = 90
-SPEC = {"continuous": ["x"], "ids": ["user_id"], "labels": ["click"]}
+SPEC = {"continuous": ["x", "z"], "ids": ["user_id"], "labels": ["click"]}
 Make = Callable[..., RecapConfig]
 
 
@@ -34,7 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     x = random.normal(size=ROWS).astype(np.float32)
     click = (random.random(ROWS) < 1 / (1 + np.exp(-2 * x))).astype(np.int8)
-    columns = {"x": x, "user_id": np.arange(ROWS) % 7, "click": click}
+    z = random.normal(size=ROWS).astype(np.float32)
+    columns = {"x": x, "z": z, "user_id": np.arange(ROWS) % 7, "click": click}
     pq.write_table(pa.table(columns), folder / "a.parquet")
     (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC))
     (folder / "no_ids.yaml").write_text(yaml.safe_dump({**SPEC, "ids": []}))

@@ -279,6 +279,14 @@ def test_a_run_of_one_process_is_taken_up_by_two(
     assert checkpoint.complete_steps(tmp_path / "run")[-1] == STEPS
 
 
+def test_records_that_end_before_the_last_step_end_the_run(config: Path, tmp_path: Path) -> None:
+    """How many records there are is not known before they are read."""
+    short = variant(config, tmp_path / "short.yaml", training__num_epochs=1)
+    done = train(short, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == ROWS // 48
+
+
 def test_a_warm_start_takes_the_named_parts_and_nothing_else(
     config: Path, unbroken: Path, tmp_path: Path
 ) -> None:
