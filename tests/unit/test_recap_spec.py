@@ -31,6 +31,8 @@ def test_a_label_that_is_a_feature_too_is_refused() -> None:
         {"continuous": ["click"]},
         {"categorical": {"x": {"column": "click", "num_values": 2}}},
         {"vectors": {"click": 3}},
+        {"ids": ["click"]},
+        {"timestamp": "click"},
     ):
         with pytest.raises(ConfigError, match="click: a label cannot be a feature"):
             spec(**features)
@@ -52,6 +54,7 @@ def test_values_become_their_row_and_all_others_row_0(tmp_path: Path) -> None:
     pl.DataFrame({"value": ["b", "a"]}).write_parquet(tmp_path / "v.parquet")
     vocabulary = Vocabulary.read(tmp_path / "v.parquet")
     assert vocabulary.rows(pa.array(["a", None, "b", "c"])).tolist() == [2, 0, 1, 0]
+    assert Vocabulary(pa.array(["b", None])).rows(pa.array([None, "b"])).tolist() == [0, 1]
     assert len(vocabulary) == 3
     one = spec(categorical={"x": {"vocabulary": "v.parquet"}}).categorical["x"]
     assert num_values(one, tmp_path) == 3
@@ -76,6 +79,12 @@ def test_hashed_values_spread_over_rows_1_and_on_and_null_is_0() -> None:
     assert max(counts[1:]) < 1120
     assert hash_values(pa.array([None, 5], pa.int64()), 11)[0] == 0
     assert hash_values(pa.array([None, None], pa.string()), 11).tolist() == [0, 0]
+
+
+def test_how_a_file_stores_a_value_does_not_change_its_row() -> None:
+    for values in (pa.array([5, -1, None, 5]), pa.array(["x", None, "y", "x"])):
+        stored = values.dictionary_encode()
+        assert hash_values(stored, 1000).tolist() == hash_values(values, 1000).tolist()
 
 
 def test_hashes_never_change() -> None:

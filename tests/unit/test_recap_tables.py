@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from projects.home.recap.data.config import RecapDataConfig
+from projects.home.recap.data.dataset import build_dataset
 from projects.home.recap.data.tables import TableDataset, describe
 from tml.config import ConfigError
 from tml.data.parquet import DataError, Position
@@ -178,16 +179,24 @@ def test_without_a_number_of_epochs_reading_goes_on(tmp_path: Path) -> None:
     assert epochs == [0, 1, 1, 2, 2, 3]
 
 
-def test_rows_weigh_by_the_sampling_rates_and_their_own_column(tmp_path: Path) -> None:
+def test_rows_weigh_by_the_sampling_rates_and_their_own_column_once(tmp_path: Path) -> None:
     write(tmp_path, weight=pa.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]))
     tasks = {
         "like": {"pos_downsampling_rate": 0.5, "neg_downsampling_rate": 0.25},
         "click": None,
     }
     given = config(tmp_path, tasks, weight_column="weight")
-    ((batch, _),) = dataset(given, 7).batches(Position())
-    assert batch.weights[:, 0].tolist() == [4, 8, 12, 4 / 0.5, 20, 24, 0]
-    assert batch.weights[:, 1].tolist() == [1, 2, 3, 4, 5, 6, 0]
+    job = Job(0, 1, 1, torch.device("cpu"))
+    for use_weights, wanted in (
+        (True, [4, 8, 12, 4 / 0.5, 20, 24, 0]),
+        (False, [1, 2, 3, 4, 5, 6, 0]),
+    ):
+        rows = build_dataset(
+            given, describe(given), job, 1, 7, num_epochs=1, shuffle=False, use_weights=use_weights
+        )
+        ((batch, _),) = rows.batches(rows.start())
+        assert batch.weights[:, 0].tolist() == wanted
+        assert batch.weights[:, 1].tolist() == [1, 2, 3, 4, 5, 6, 0]
 
 
 # What is wrong with the data
@@ -231,11 +240,10 @@ def test_to_predict_labels_may_be_absent_or_unknown(tmp_path: Path) -> None:
         dataset(config(tmp_path), 7)
 
 
-def test_sampling_rates_can_be_left_out_of_the_weights(tmp_path: Path) -> None:
-    write(tmp_path)
-    given = config(tmp_path, {"click": {"neg_downsampling_rate": 0.25}})
-    ((batch, _),) = dataset(given, 7, use_weights=False).batches(Position())
-    assert batch.weights.tolist() == [[1]] * 7
+def test_a_row_number_beyond_64_bits_is_out_of_range(tmp_path: Path) -> None:
+    write(tmp_path, item=pa.array([0, 1, 2**63, 3, None, 4, 0], pa.uint64()))
+    with pytest.raises(DataError, match=r"row 2: column 'item' is -.*, out of range 0 to 4"):
+        users(dataset(config(tmp_path)))
 
 
 def test_preprocess_is_refused_since_it_would_do_nothing(tmp_path: Path) -> None:

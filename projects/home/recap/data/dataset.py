@@ -251,7 +251,6 @@ def build_dataset(
                 batch_rows * preprocessor.batch_multiplier,
                 num_epochs=num_epochs,
                 shuffle=shuffle,
-                use_weights=False,
                 needs_labels=needs_labels,
             )
         )

@@ -102,7 +102,8 @@ class FeatureSpec(Config):
             names = [column for column, _ in blocks(getattr(self, kind))]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{kind}: {', '.join(twice)}: named twice")
-        inputs = {column for column, _ in self.input_columns()}
+        # An id is an input too, once a table of the model hashes it.
+        inputs = {column for column, _ in self.input_columns()} | set(self.all_ids())
         if leaked := sorted(inputs & set(self.label_columns().values())):
             raise ValueError(
                 f"{', '.join(leaked)}: a label cannot be a feature too; remove it from the features"
@@ -164,7 +165,7 @@ class Vocabulary:
 
     def rows(self, values: pa.Array) -> Ints:
         """Row of each value; numbers are compared as text."""
-        found = pc.index_in(values.cast(pa.string()), value_set=self._values)
+        found = pc.index_in(values.cast(pa.string()), value_set=self._values, skip_nulls=True)
         return np.asarray(pc.add(found, 1).fill_null(0), dtype=np.int64)
 
     @classmethod
@@ -197,6 +198,8 @@ def hash_values(values: pa.Array, num_rows: int) -> Ints:
     """Row, from 1 to num_rows − 1, of each whole number or text, the same on every machine; null
     → 0.
     """
+    if pa.types.is_dictionary(values.type):  # how a file stores a value does not change its row
+        values = values.dictionary_decode()
     present = values.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_integer(values.type):
         hashed = _mix(values.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))

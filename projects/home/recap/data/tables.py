@@ -85,8 +85,8 @@ class TableDataset:
 
     num_epochs: None goes on without end. In training (shuffle) a step in which some process would
     have fewer than 2 rows is left out; otherwise all rows are read once, in file order.
-    use_weights: rows are weighted by the sampling rates. needs_labels: else labels are 0 where the
-    files have none.
+    needs_labels: else labels are 0 where the files have none. Rows weigh what their own column
+    says; `preprocess.weigh` applies the sampling rates.
     """
 
     def __init__(
@@ -99,7 +99,6 @@ class TableDataset:
         *,
         num_epochs: int | None,
         shuffle: bool,
-        use_weights: bool = True,
         needs_labels: bool = True,
     ) -> None:
         assert config.feature_spec is not None
@@ -113,8 +112,6 @@ class TableDataset:
         if not needs_labels:
             self._layout = without_absent_labels(self._layout, paths)
         self._needs_labels = needs_labels
-        ones = dict.fromkeys(config.tasks)
-        self._rates = config if use_weights else config.model_copy(update={"tasks": ones})
         self._min_rows = MIN_TRAINING_ROWS if shuffle else 0
         rows = parquet.ParquetRows(paths, self._layout)
         window = max(config.examples_shuffle_buffer_size, WINDOW_BYTES // row_bytes(self._features))
@@ -148,7 +145,7 @@ class TableDataset:
         """This process's batches from `position`, each with the position behind it."""
         for read in self._reader.batches(position):
             columns = self._without_bad_rows(read.columns)
-            yield to_batch(columns, self._features, self._rates, self._spec), read.after
+            yield to_batch(columns, self._features, self._spec), read.after
 
     def _check(self, columns: Columns, path: str, first_row: int) -> None:
         """Refuse bad rows, or mark them by NaN in their first label."""
@@ -255,7 +252,14 @@ def _encoder(spec: CategoricalSpec, folder: Path) -> Callable[[pa.Array], NDArra
         return Vocabulary.read(folder / spec.vocabulary).rows
     if spec.hash_rows is not None:
         return partial(hash_values, num_rows=spec.hash_rows)
-    return lambda values: np.asarray(values.cast(pa.int64()).fill_null(0), dtype=np.int64)
+    return _row_numbers
+
+
+def _row_numbers(values: pa.Array) -> NDArray[np.int64]:
+    """Values as they are; those beyond int64 become negative, which is no row either."""
+    if pa.types.is_uint64(values.type):
+        return np.asarray(values.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
+    return np.asarray(values.cast(pa.int64()).fill_null(0), dtype=np.int64)
 
 
 def _accepts(spec: CategoricalSpec) -> Callable[[pa.DataType], bool]:
@@ -351,16 +355,14 @@ def _range_fault(rows: Sequence[Any], limit: int, row: int) -> str:
 # Batches
 
 
-def to_batch(
-    columns: Columns, features: Features, config: RecapDataConfig, spec: FeatureSpec
-) -> RankingBatch:
+def to_batch(columns: Columns, features: Features, spec: FeatureSpec) -> RankingBatch:
     """Columns of `layout`, B rows each → the rows of one step."""
     num_rows = len(next(iter(columns.values())))
     labels = np.zeros((num_rows, len(features.tasks)), dtype=np.float32)
     for number, task in enumerate(features.tasks):
         if f"label {task}" in columns:
             labels[:, number] = columns[f"label {task}"]
-    weights = row_weights(labels, features.tasks, config)
+    weights = np.ones_like(labels)
     if "weight" in columns:
         weights *= columns["weight"][:, None]
     return RankingBatch(
@@ -380,14 +382,6 @@ def to_batch(
         },
         ids={name: _tensor(columns[f"id {name}"]) for name in features.ids},
     )
-
-
-def row_weights(labels: Floats, tasks: Sequence[str], config: RecapDataConfig) -> Floats:
-    """y / pos_rate + (1 − y) / neg_rate of each task: (B, T)."""
-    rates = [config.task_data(task) for task in tasks]
-    positive = np.array([1 / one.pos_downsampling_rate for one in rates], dtype=np.float32)
-    negative = np.array([1 / one.neg_downsampling_rate for one in rates], dtype=np.float32)
-    return np.where(labels > 0, positive, negative)
 
 
 def _stack(
