@@ -299,6 +299,7 @@ def test_hour_weekday_and_items_of_text(tmp_path: Path) -> None:
         {"binary": ["click"]},
         {"target_encodings": [{"keys": ["user", "watched"]}]},
         {"derive": [{"name": "w", "is_null": "watched"}], "binary": ["w"]},
+        {"inputs": {"rows": {"derive": [{"name": "w", "is_null": "watched"}]}}, "binary": ["w"]},
         {
             "derive": [
                 {"name": "w", "cross": ["user", "watched"]},
@@ -314,6 +315,16 @@ def test_a_feature_made_of_an_outcome_or_a_label_is_refused(
     with pytest.raises(ConfigError, match="not known when the prediction is made"):
         make(tmp_path, ROWS, outcomes=["watched"], **features)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_outcome_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="outcomes: there is no column 'wathced'"):
+        make(tmp_path, ROWS, outcomes=["wathced"], continuous=["watched"])
+
+
+def test_a_label_is_no_id(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ids: 'click' is a label"):
+        make(tmp_path, ROWS, ids=["click"])
 
 
 def test_a_label_may_be_whether_a_column_has_a_value_which_is_then_no_feature(

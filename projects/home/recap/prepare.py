@@ -81,6 +81,8 @@ def prepare(
     with new_folder(output, SUMMARY, overwrite) as folder:
         tables = read_tables(config, inputs)
         rows = main_rows(config, tables)
+        for name in config.outcomes:  # a name that nothing has would guard nothing
+            need(rows, name, "outcomes")
         train = rows[SPLIT] == "train"
         prepared = Prepared()
         for one in config.derive:

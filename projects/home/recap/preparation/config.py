@@ -336,9 +336,20 @@ class PrepareConfig(Config):
             found |= {f"histories {keys}": keys for keys in history.keys}
         return found
 
+    def _made_of(self) -> dict[str, list[str]]:
+        """Derived column → its sources, all by their names in the rows."""
+        tables = [(name, "") for name in self.main_tables().values()]
+        tables += [(join.table, join.prefix) for join in self.joins]
+        found = {
+            prefix + one.name: [prefix + source for source in one.sources()]
+            for name, prefix in tables
+            for one in self.inputs.get(name, InputConfig()).derive
+        }
+        return found | {one.name: one.sources() for one in self.derive}
+
     @validator(mode="after")
     def _refuse_outcomes(self) -> Self:
-        made_of = {one.name: one.sources() for one in self.derive}
+        made_of = self._made_of()
         outcomes = {*self.outcomes, *(self.label_column(task) for task in self.labels)}
 
         def leaf_outcomes(column: str, seen: frozenset[str] = frozenset()) -> set[str]:
@@ -348,6 +359,13 @@ class PrepareConfig(Config):
                     found |= leaf_outcomes(source, seen | {column})
             return found
 
+        labels = {self.label_column(task) for task in self.labels}
+        for name in filter(None, [*self.ids, self.timestamp]):
+            if name in labels:
+                raise ValueError(
+                    f"ids: {name!r} is a label; an id can be hashed into a table and so becomes a "
+                    "feature; remove it"
+                )
         for feature, columns in self.feature_sources().items():
             leaked = sorted(set().union(*(leaf_outcomes(column) for column in columns)))
             if leaked:
