@@ -18,6 +18,7 @@ LAYERS = (
         "distributed",
         "losses",
         "metrics",
+        "memory",
         "binary_metrics",
         "calibration",
         "optimizers",

@@ -38,6 +38,7 @@ from tml.data.prefetch import prefetch
 from tml.distributed import Job
 from tml.logs import MetricLog
 from tml.machines import container, environment
+from tml.memory import keep_freed_memory
 from tml.train import DivergedError, Loop, Place, Progress, StepResult
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def run(
     """
     with distributed.join(config.training.eval_timeout_in_s) as job:
         logs.set_up(job.rank)
+        keep_freed_memory()
         if job.is_chief:
             _announce_ignored(config)
         if container.vanishes(save_dir):
