@@ -1,5 +1,7 @@
 """Small and large tables, hashing, bags, and the vector of the position."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from projects.home.recap.model.embeddings import (
     large_table_specs,
     small_tables,
 )
-from projects.home.recap.model.model import RankingModel
+from projects.home.recap.model.model import RankingModel, unused_features
 from tml.config import ConfigError
 from tml.data.parquet import DataError
 from tml.distributed import Job
@@ -171,6 +173,39 @@ def test_pretrained_rows_are_loaded_and_checked(tmp_path: Path) -> None:
     path.write_text("rows")
     with pytest.raises(ConfigError, match=r"cannot be read as a \.npy file"):
         small(tables=[table])
+
+
+def test_a_model_that_is_loaded_needs_no_file_of_initial_values(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.npy")
+    tree = large_config(pretrained=absent).model_dump()
+    table = {"name": "t", "embedding_dim": 2, "features": ["country"], "pretrained": absent}
+    tree["small_embeddings"] = {"tables": [table]}
+    tree["featurization_config"] = {"z_score_log_config": {"statistics_path": absent}}
+    config = ModelConfig.model_validate(tree)
+    with pytest.raises(ConfigError, match="absent"):
+        RankingModel(config, FEATURES)
+    model = RankingModel(config.without_files(), FEATURES)
+    assert {"featurization.z_mean", "featurization.z_std"} <= set(model.state_dict())
+    tables = build_tables(large_table_specs(config, FEATURES), JOB, seed=0)
+    with pytest.raises(ConfigError, match="absent"):
+        fill_pretrained(config, FEATURES, tables)
+    fill_pretrained(config.without_files(), FEATURES, tables)
+
+
+def test_features_without_use_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    tree = large_config().model_dump()
+    features = replace(FEATURES, num_binary=2, categorical={"country": 5, "type": 4, "alone": 3})
+    assert unused_features(ModelConfig.model_validate(tree), features) == [
+        "3 of 3 discrete columns"
+    ]
+    tree["small_embeddings"] = None
+    tree["featurization_config"]["feature_names_to_concat"] = []
+    config = ModelConfig.model_validate(tree)
+    with caplog.at_level(logging.INFO):
+        RankingModel(config, features)
+        RankingModel(config, features)
+    told = "country, alone, 3 of 3 discrete columns, 2 binary features"
+    assert caplog.text.count(f"not inputs of the model: {told};") == 1
 
 
 def large_config(**table: Any) -> ModelConfig:

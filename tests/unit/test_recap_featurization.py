@@ -149,6 +149,23 @@ def test_a_constant_row_under_layer_norm_gives_the_shift_and_no_gradient(value: 
         torch.testing.assert_close(norm(x), out)
 
 
+@pytest.mark.parametrize("row", [[0.0, 1e-25, 2e-25], [3e38, 3e38, -1e38], [1e-40, 0.0, 0.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_beyond_what_floats_hold_under_layer_norm_gives_finite_numbers(
+    row: list[float], dtype: torch.dtype
+) -> None:
+    norm = LayerNorm(LayerNormConfig(epsilon=0.0), 3)
+    x = torch.tensor([row, [1.0, 2.0, 4.0]], dtype=dtype, requires_grad=True)
+    out = norm(x)
+    alone = norm(x[1:])
+    assert out.isfinite().all()
+    assert torch.equal(out[1:], alone)
+    (out.float() * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in norm.parameters())
+
+
 def test_other_rows_are_what_epsilon_0_makes_of_them() -> None:
     torch.manual_seed(0)
     norm = LayerNorm(LayerNormConfig(epsilon=0.0), 9)

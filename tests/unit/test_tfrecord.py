@@ -3,8 +3,11 @@
 import gzip
 import struct
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tml.data import tfrecord
 from tml.data.parquet import DataError
@@ -172,6 +175,60 @@ def test_another_file_is_named_as_such(tmp_path: Path, data: bytes) -> None:
 def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
     assert faults(written(tmp_path, b"")) == ([], [])
     assert faults(written(tmp_path, gzip.compress(b""))) == ([], [])
+
+
+def test_a_gzip_file_of_no_byte_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "records.gz"
+    path.touch()
+    with pytest.raises(
+        DataError, match=r"records.gz, record 0 at byte 0: the file is empty; a gzip"
+    ):
+        read(path)
+    found, told = faults(path)
+    assert found == []
+    assert [kind for kind, _ in told] == [REST_LOST]
+
+
+_DAMAGED = [
+    frame(b"") + frame(b"one") + frame(bytes(range(256)) * 30) + frame(b"last"),
+    gzip.compress(frame(b"") + frame(b"one") + frame(bytes(range(256)) * 30) + frame(b"last")),
+    gzip.compress(frame(b"") + frame(b"one"))
+    + gzip.compress(frame(bytes(range(256)) * 30) + frame(b"last")),
+]
+
+
+@settings(max_examples=150, deadline=2000)
+@given(
+    number=st.integers(0, 2),
+    cut=st.one_of(st.none(), st.integers(0, 8000)),
+    flips=st.lists(st.tuples(st.integers(0, 8000), st.integers(0, 7)), max_size=3),
+    behind=st.binary(max_size=30),
+)
+def test_damage_is_told_or_does_no_harm(
+    number: int, cut: int | None, flips: list[tuple[int, int]], behind: bytes
+) -> None:
+    whole = [b"", b"one", bytes(range(256)) * 30, b"last"]
+    data = bytearray(_DAMAGED[number][:cut])
+    for place, bit in flips:
+        if data:
+            data[place % len(data)] ^= 1 << bit
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "records.gz"
+        path.write_bytes(bytes(data) + behind)
+        left, told = faults(path)
+        with TFRecordReader(path, on_fault=lambda *_: None) as reader:
+            while reader.read(2) is not None:
+                assert len(reader.buffer) < 1 << 22
+        refused = False
+        try:
+            read(path)
+        except DataError:
+            refused = True
+    rest = iter(whole)
+    if not refused and not told:  # harmless: whole records, up to where a plain file was cut
+        assert left == whole[: len(left)]
+    assert refused == bool(told)
+    assert all(record in rest for record in left)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

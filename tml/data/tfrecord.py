@@ -191,7 +191,10 @@ class TFRecordReader:
         # A plain file may begin like gzip: a length of 35,615 does. Its crc tells.
         if head.startswith(_GZIP_MAGIC) and not _is_header(head):
             return _Gzip(file)
-        return _Plain(file)
+        source = _Plain(file)
+        if not head and self.path.endswith(".gz"):
+            source.fault = "the file is empty; a gzip file of no records is not, so it is cut short"
+        return source
 
     def _compact(self) -> None:
         """Move what is left to the front of the buffer."""

@@ -65,8 +65,9 @@ def dense_model(folder: Path, config: RecapConfig, features: Features) -> Rankin
     """The model of a step folder on the CPU of this process alone, its large tables whole and among
     its parameters. Raises CheckpointError.
     """
-    large = large_tables(config.model, features)
-    model = RankingModel(_dense_config(config.model, features, large), features)
+    network = config.model.without_files()
+    large = large_tables(network, features)
+    model = RankingModel(_dense_config(network, features, large), features)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if large:
         assert model.small is not None

@@ -3,7 +3,7 @@
 The keys of the published YAML are all here; MMoE, PLE and the sizes of tables are added.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
@@ -153,7 +153,7 @@ class ZScoreLogConfig(Config):
     clip.
     """
 
-    statistics_path: str
+    statistics_path: str = Field(min_length=1)
     """JSON file {"mean": [C], "std": [C]} of the values after the logarithm."""
     clip_magnitude: PositiveFloat | None = 5.0
     """Values are clipped to ± this. Unset: not clipped."""
@@ -295,3 +295,20 @@ class ModelConfig(Config):
                 "sharing of their own; leave multi_task_type at share_all"
             )
         return self
+
+    def without_files(self) -> Self:
+        """The same network with initial values that are read from no file (`pretrained`,
+        `statistics_path`): for models whose values are loaded from a checkpoint.
+        """
+        changes: dict[str, Any] = {}
+        for part in ("small_embeddings", "large_embeddings"):
+            if (given := getattr(self, part)) is not None:
+                tables = [one.model_copy(update={"pretrained": None}) for one in given.tables]
+                changes[part] = given.model_copy(update={"tables": tables})
+        inputs = self.featurization_config
+        if inputs.z_score_log_config is not None:
+            z_score = inputs.z_score_log_config.model_copy(update={"statistics_path": ""})
+            changes["featurization_config"] = inputs.model_copy(
+                update={"z_score_log_config": z_score}
+            )
+        return self.model_copy(update=changes)

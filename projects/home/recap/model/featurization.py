@@ -187,7 +187,11 @@ def _concatenated(config: FeaturizationConfig, features: Features) -> list[str]:
 
 
 def _read_statistics(config: ZScoreLogConfig, width: int) -> tuple[Tensor, Tensor]:
-    """(mean, std), each (C,); a std of 0, of a constant column, counts as 1."""
+    """(mean, std), each (C,); a std of 0, of a constant column, counts as 1. Without a path: any,
+    for they will be loaded.
+    """
+    if not config.statistics_path:
+        return torch.zeros(width), torch.ones(width)
     where = (
         f"model.featurization_config.z_score_log_config.statistics_path {config.statistics_path}"
     )

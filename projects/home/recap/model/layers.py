@@ -31,7 +31,8 @@ class LayerNorm(nn.Module):
     """(B, n) → (B, n): each row minus its mean, by its standard deviation, scaled and shifted.
 
     With epsilon 0 a row whose values are all equal has no standard deviation: it gives the shift,
-    and no gradient but the shift's. All other rows are what epsilon 0 makes of them.
+    and no gradient but the shift's. So does a row whose mean or deviation float32 cannot hold. All
+    other rows are what epsilon 0 makes of them.
     """
 
     def __init__(self, config: LayerNormConfig, width: int) -> None:
@@ -54,9 +55,11 @@ class LayerNorm(nn.Module):
 def _layer_norm_without_epsilon(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, mean (B, 1), 1/std (B, 1), whether the row is constant (B, 1))."""
+    """(output, mean (B, 1), 1/std (B, 1), whether the row counts as constant (B, 1))."""
     constant = x.amax(-1, keepdim=True) == x.amin(-1, keepdim=True)
     out, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], weight, bias, 0.0)
+    # Squares of values around 1e-25 are 0 in float32, sums of values around 1e38 infinite.
+    constant = constant | ~(mean.isfinite() & inverse_std.isfinite())
     shift = torch.zeros((), dtype=out.dtype, device=x.device) if bias is None else bias
     return torch.where(constant, shift.to(out.dtype), out), mean, inverse_std, constant
 
@@ -69,14 +72,14 @@ class _SafeLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         out, mean, inverse_std, constant = _layer_norm_without_epsilon(x, weight, bias)
-        inverse_std = inverse_std.masked_fill(constant, 0.0)
-        ctx.save_for_backward(x, mean, inverse_std, weight, bias)
+        mean, inverse_std = (one.masked_fill(constant, 0.0) for one in (mean, inverse_std))
+        ctx.save_for_backward(x, mean, inverse_std, constant, weight, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, mean, inverse_std, weight, bias = ctx.saved_tensors
-        return torch.ops.aten.native_layer_norm_backward(
+        x, mean, inverse_std, constant, weight, bias = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
             gradient.contiguous(),
             x,
             x.shape[-1:],
@@ -86,6 +89,9 @@ class _SafeLayerNorm(torch.autograd.Function):
             bias,
             list(ctx.needs_input_grad),
         )
+        if of_x is not None:  # sums of huge values times 0 are NaN
+            of_x = of_x.masked_fill(constant, 0.0)
+        return of_x, of_weight, of_bias
 
 
 class Mlp(nn.Module):

@@ -7,7 +7,9 @@ Columns of logits and probabilities are the model's tasks, in config order; labe
 the data's tasks by name.
 """
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from projects.home.recap.model.towers import Towers
 from tml.config import ConfigError
 from tml.data.parquet import DataError
 from tml.embeddings import Tables
+
+logger = logging.getLogger(__name__)
 
 
 class RankingModel(nn.Module):
@@ -67,6 +71,7 @@ class RankingModel(nn.Module):
         self.input_width = self.featurization.width + sum(dims) + (debias.num_dims if debias else 0)
         if not self.input_width:
             raise ConfigError("model: the data has no feature that the model takes as input")
+        _announce(tuple(unused_features(config, features)))
         self.sharing = Sharing(config, self.input_width, dims)
         self.towers = Towers(config.tasks, self.sharing.width_out)
         self.calibration = Calibration(self.tasks)
@@ -185,6 +190,34 @@ class RankingModel(nn.Module):
         """All the others."""
         towers = {id(p) for task in self.tasks for p in self.tower_parameters(task)}
         return [p for p in self.parameters() if id(p) not in towers]
+
+
+def unused_features(config: ModelConfig, features: Features) -> list[str]:
+    """Features of the data that are no input of the model: binary ones that are not concatenated,
+    discrete columns, categorical features and bags without a table.
+    """
+    tables = embeddings.large_tables(config, features)
+    taken = {name for table in tables for name in table.features}
+    if config.small_embeddings is not None:
+        small = embeddings.small_tables(config.small_embeddings, features, taken)
+        taken |= {name for table in small for name in table.features}
+    unused = [name for name in (*features.categorical, *features.bags) if name not in taken]
+    hashed = sum(name.startswith(embeddings.DISCRETE) for name in taken)
+    if left := features.num_discrete - hashed:
+        unused.append(f"{left} of {features.num_discrete} discrete columns")
+    if features.num_binary and "binary" not in config.featurization_config.feature_names_to_concat:
+        unused.append(f"{features.num_binary} binary features")
+    return unused
+
+
+@cache  # once a process, however often the model is built
+def _announce(unused: tuple[str, ...]) -> None:
+    if unused:
+        logger.info(
+            "not inputs of the model: %s; small_embeddings, large_embeddings or "
+            "feature_names_to_concat take them in",
+            ", ".join(unused),
+        )
 
 
 def _label_columns(model_tasks: tuple[str, ...], data_tasks: tuple[str, ...]) -> list[int]:
