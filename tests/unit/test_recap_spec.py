@@ -1,5 +1,6 @@
 """The feature spec: what it refuses, and how raw values become rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,24 @@ def test_hashed_values_spread_over_rows_1_and_on_and_null_is_0() -> None:
     assert max(counts[1:]) < 1120
     assert hash_values(pa.array([None, 5], pa.int64()), 11)[0] == 0
     assert hash_values(pa.array([None, None], pa.string()), 11).tolist() == [0, 0]
+
+
+def test_servers_can_hash_as_the_documentation_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    section = text.split("## Values with hash_rows")[1]
+    told: dict[str, Any] = {}
+    exec(section.split("```python")[1].split("```")[0], told)
+    vector = section.split("With hash_rows 1001: ")[1].split(".\n")[0].replace("−", "-")
+    pairs = dict(one.strip("`").split(" → ") for one in vector.split(", "))
+    assert len(pairs) == 7
+    for shown, row in pairs.items():
+        value = json.loads(shown.strip("`"))
+        assert hash_values(pa.array([value]), 1001).tolist() == [int(row)]
+    values = [0, 1, -1, 2**63 - 1, -(2**63), None], ["", "a", "ñ" * 300, None]
+    for some in values:
+        for num_rows in (2, 3, 1001, 2**31):
+            wanted = [told["row"](value, num_rows) for value in some]
+            assert hash_values(pa.array(some), num_rows).tolist() == wanted
 
 
 def test_how_a_file_stores_a_value_does_not_change_its_row() -> None:

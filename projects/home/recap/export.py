@@ -426,7 +426,12 @@ def _meaning(kind: str, feature: str, data: RecapDataConfig) -> str:
 def _row_numbers(spec: CategoricalSpec, name: str, place: Path, new: Path) -> dict[str, Any]:
     """How values of the data become row numbers."""
     if spec.hash_rows is not None:
-        return {"hashed_by": "hash_values of projects/home/recap/data/spec.py"}
+        return {
+            "hash_rows": spec.hash_rows,
+            "hash_meaning": "row number = hash mod (hash_rows - 1) + 1, 0 where the value is "
+            "missing; hash: splitmix64 of a whole number, the little-endian BLAKE2b digest of 8 "
+            "bytes of a text in UTF-8; all unsigned, of 64 bits",
+        }
     if spec.vocabulary is None:
         return {}
     copy = new / "vocabularies" / f"{name}.parquet"
