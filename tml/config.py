@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -169,9 +169,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    """The resolved config as YAML that `load_config` reads back to an equal config.
+
+    Paths below the caller's home are written with `${HOME}`, which is another folder in a container
+    with the same files.
+    """
     # "$" of values is written as "$$": what was replaced once must not be replaced again.
-    tree = _escape(config.model_dump(mode="json"))
+    tree = _escape(config.model_dump(mode="json"), f"{environment.home()}/")
     return yaml.safe_dump(tree, sort_keys=False, width=100)
 
 
@@ -226,12 +230,18 @@ def _replace_variables(value: Any, source: str, path: tuple[str, ...], here: Pat
     return _VARIABLE.sub(variable, value)
 
 
-def _escape(value: Any) -> Any:
+def _escape(value: Any, home: str) -> Any:
     if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
+        return {key: _escape(item, home) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escape(item) for item in value]
-    return value.replace("$", "$$") if isinstance(value, str) else value
+        return [_escape(item, home) for item in value]
+    if not isinstance(value, str):
+        return value
+    below_home = value.startswith(home)
+    escaped = (
+        value.removeprefix(home).replace("$", "$$") if below_home else value.replace("$", "$$")
+    )
+    return f"${{HOME}}/{escaped}" if below_home else escaped
 
 
 def _explain(config_class: type[Config], fault: Any) -> str:
@@ -253,15 +263,22 @@ def _explain(config_class: type[Config], fault: Any) -> str:
 def _fields_at(config_class: type[Config], location: Sequence[Any]) -> list[str]:
     """The field names of the config class found by walking `location` from `config_class`."""
     current = config_class
+    is_key = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:  # an item of a list, a key of a mapping of configs
+            is_key = False
             continue
         field = current.model_fields.get(str(part))
         found = _config_in(field.annotation) if field else None
-        if found is None:
+        if field is None or found is None:
             return []
+        is_key = _is_mapping(field.annotation)
         current = found
     return list(current.model_fields)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(_is_mapping(a) for a in get_args(annotation))
 
 
 def _config_in(annotation: Any) -> type[Config] | None:

@@ -17,6 +17,9 @@ from rich.text import Text
 
 Record = dict[str, Any]
 
+MAX_RATES_SHOWN = 3
+"""Learning rates in a line; of more, which have their names in the record, lowest and highest."""
+
 
 def set_up(rank: int) -> None:
     """Log to stderr: ours on rank 0 from INFO on, everything else from WARNING on; other ranks say
@@ -84,8 +87,10 @@ def train_line(record: Mapping[str, Any]) -> Text:
     """`step 120/900  loss 1.234567  lr 0.1  98,765 edges/s  1.2 GiB  left 0:01:23`."""
     total = record["total_steps"]
     step = f"{record['step']:,}" if total is None else f"{record['step']:>{len(f'{total:,}')},}"
-    lrs = record["lr"]
-    lr = "/".join(f"{value:.3g}" for value in dict.fromkeys(lrs.values()))
+    rates = sorted(set(record["lr"].values()))
+    lr = "/".join(f"{value:.3g}" for value in dict.fromkeys(record["lr"].values()))
+    if len(rates) > MAX_RATES_SHOWN:
+        lr = f"{rates[0]:.2g}…{rates[-1]:.2g}"
     return Text.assemble(
         ("step ", "dim"),
         step if total is None else f"{step}/{total:,}",

@@ -6,7 +6,16 @@ from typing import ClassVar
 import pytest
 from pydantic import Field
 
-from tml.config import Config, ConfigError, apply_override, load_config, merge, parse_yaml, to_yaml
+from tml.config import (
+    Config,
+    ConfigError,
+    apply_override,
+    build_config,
+    load_config,
+    merge,
+    parse_yaml,
+    to_yaml,
+)
 
 
 class Inner(Config):
@@ -110,3 +119,32 @@ def test_merging_goes_by_key_and_lists_of_named_things_by_name() -> None:
         "m": {"x": 1, "y": [2]},
         "t": [{"name": "u", "n": 3}, {"name": "v", "n": 4, "d": 8}],
     }
+
+
+def test_paths_below_home_are_written_so_that_they_hold_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Paths(Config):
+        inside: str
+        outside: str
+
+    monkeypatch.setenv("HOME", "/home/me")
+    config = Paths(inside="/home/me/tmp/a$b", outside="/home/meadow/x")
+    text = to_yaml(config)
+    assert "inside: ${HOME}/tmp/a$$b" in text
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert load_config(Paths, path) == config
+    monkeypatch.setenv("HOME", "/root")
+    assert load_config(Paths, path).inside == "/root/tmp/a$b"
+
+
+def test_an_unknown_key_below_a_name_of_a_mapping_is_told_what_is_known_there() -> None:
+    class Item(Config):
+        width: int = 1
+
+    class Whole(Config):
+        items: dict[str, Item]
+
+    with pytest.raises(ConfigError, match=r"items\.a\.widht: unknown key; did you mean width"):
+        build_config(Whole, {"items": {"a": {"widht": 2}}}, "test")

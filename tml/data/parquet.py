@@ -600,7 +600,7 @@ def _broken(path: str, error: Exception) -> DataError:
     size = Path(path).stat().st_size if Path(path).exists() else 0
     reason = " ".join(str(error).split())
     return DataError(
-        f"{path} ({size:,} bytes) is not a complete parquet file, "
-        f"it may be cut short; make it again. "
+        f"{path} ({size:,} bytes) is not a complete parquet file: it is of another kind, or cut "
+        f"short; name parquet files (a project's prepare.py writes them), or make it again. "
         f"Parquet says: {reason}"
     )

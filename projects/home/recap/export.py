@@ -432,14 +432,16 @@ def _row_numbers(spec: CategoricalSpec, name: str, place: Path, new: Path) -> di
             "missing; hash: splitmix64 of a whole number, the little-endian BLAKE2b digest of 8 "
             "bytes of a text in UTF-8; all unsigned, of 64 bits",
         }
-    if spec.vocabulary is None:
+    # prepare's rows are numbered already; its vocabularies lie beside its spec.
+    source = place / (spec.vocabulary or Path("vocabularies", f"{name}.parquet"))
+    if spec.vocabulary is None and not source.is_file():
         return {}
     copy = new / "vocabularies" / f"{name}.parquet"
     copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(place / spec.vocabulary, copy)
+    shutil.copyfile(source, copy)
     return {
         "vocabulary": copy.relative_to(new).as_posix(),
-        "vocabulary_source": str((place / spec.vocabulary).resolve()),
+        "vocabulary_source": str(source.resolve()),
         "vocabulary_meaning": "row i of column `value`, counted from 0, is row number i + 1",
     }
 

@@ -209,12 +209,12 @@ def layout(spec: FeatureSpec, config: RecapDataConfig, folder: Path) -> dict[str
 
 
 def without_absent_labels(fields: dict[str, Field], paths: Sequence[str]) -> dict[str, Field]:
-    """`fields` without those labels that the first file does not have."""
+    """`fields` without those labels, and the weight, that the first file does not have."""
     there = parquet.column_names(paths[0])
     return {
         name: field
         for name, field in fields.items()
-        if not name.startswith("label ") or field.column in there
+        if not name.startswith(("label ", "weight")) or field.column in there
     }
 
 

@@ -68,7 +68,9 @@ def read_config(folder: Path, overrides: tuple[str, ...] = ()) -> RecapConfig:
 def load_model(folder: Path, config: RecapConfig, job: Job) -> tuple[RankingModel, Features]:
     """The model of a step folder, ready for predictions, and the features it was trained on."""
     features = describe_features(config.train_data)
-    model, tables = build_model(config, features, job)
+    # All that files gave at the start is in the step folder; they may be gone.
+    stored = config.model_copy(update={"model": config.model.without_files()})
+    model, tables = build_model(stored, features, job)
     checkpoint.load_meta(folder)
     checkpoint.load(folder, model_state(model, tables))
     model.eval()

@@ -14,5 +14,6 @@ save_dir="$HOME/tmp/runs/recap_local_debug"
 rm -rf "$save_dir"
 mkdir -p "$save_dir"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-exec torchrun --standalone --nnodes 1 --nproc_per_node 1 "$TML_BASE/projects/home/recap/main.py" \
+# The same program as torchrun, less the traceback with which it ends when it is stopped.
+exec python -m tml.torchrun --standalone --nnodes 1 --nproc_per_node 1 "$TML_BASE/projects/home/recap/main.py" \
   --config_path "$TML_BASE/projects/home/recap/config/local_prod.yaml" "$@"
