@@ -227,7 +227,7 @@ def test_onnxruntime_alone_scores_as_the_training_code_does(
     """The program of docs/serving.md, in a process that has numpy and onnxruntime."""
     inputs, expected = score_by_training_code(run)
     np.savez(tmp_path / "rows.npz", **inputs)
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
     imports = set(re.findall(r"^(?:import|from) (\w+)", snippet, re.M))
     assert imports == {"json", "sys", "numpy", "onnxruntime"}
     check = (
