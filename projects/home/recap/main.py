@@ -12,6 +12,7 @@ SPEC_TYPE=evaluator the same command follows the checkpoints of the run instead.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -180,7 +181,8 @@ def run(
         )
         with torch.autograd.set_detect_anomaly(debug):
             batches: Iterator[tuple[RankingBatch, Place]] = dataset.batches(position)
-            with nullcontext(batches) if debug else prefetch(batches) as ahead:
+            reads_ahead = not debug and _has_idle_processors(job)
+            with prefetch(batches) if reads_ahead else nullcontext(batches) as ahead:
                 stopped_by = loop.run(ahead, progress)
         if num_errors := sum(distributed.gather(dataset.num_errors)):
             log.say(f"{num_errors:,} records could not be read and were left out")
@@ -228,6 +230,16 @@ def _refuse_divergence(model: RankingModel, step: int) -> None:
             "the learning rates and start again, from the last complete checkpoint, or anew with "
             "--overwrite_save_dir"
         )
+
+
+def _has_idle_processors(job: Job) -> bool:
+    """Whether a thread that reads ahead would have a processor of its own.
+
+    Where torch's threads have them all, each moment that the reader runs makes one of them late and
+    the others wait for it: reading ahead then costs three times what it takes between the steps.
+    """
+    busy = torch.get_num_threads() * job.local_world_size
+    return job.device.type != "cpu" or len(os.sched_getaffinity(0)) > busy
 
 
 def _rows_of_process(config: RecapConfig, job: Job) -> int:
