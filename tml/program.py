@@ -1,7 +1,8 @@
-"""A program's end: errors that the caller can mend become one line and an exit code."""
+"""What programs share: the flag `--set`, and an end in which errors become a line and a code."""
 
 import errno
 import signal
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def exit_code(run: Callable[[], int | None], where: Path | str | None = None) ->
             raise
         return ORPHANED
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def add_overrides(parser: ArgumentParser, what: str = "change one setting") -> None:
+    """Add `--set a.b=value`, which `tml.config.load_config` takes as overrides."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="a.b=value",
+        help=f"{what}; repeatable",
+    )
 
 
 def fail(message: str) -> int:

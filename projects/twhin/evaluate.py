@@ -514,19 +514,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tml.checkpoint import CheckpointError
     from tml.data.parquet import DataError
     from tml.distributed import join as join_job
+    from tml.program import add_overrides
 
     parser = argparse.ArgumentParser(description="Measure the vectors of a run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
     parser.add_argument("--step", type=int, help="step folder; default: the newest complete one")
     parser.add_argument("--split", default="test", choices=("test", "validation", "train"))
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="a.b=value",
-        help="change one setting of the run's config; repeatable",
-    )
+    add_overrides(parser, "change one setting of the run's config")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
     try:

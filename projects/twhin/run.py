@@ -282,14 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="folder that prepare.py wrote; its graph.yaml is laid under the config",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=value",
-        dest="overrides",
-        help="change one setting; repeatable",
-    )
+    program.add_overrides(parser)
     parser.add_argument(
         "--overwrite_save_dir", action="store_true", help="remove an earlier run first"
     )

@@ -453,14 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--partition", action="append", help="partition of validation_data; default: all"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="a.b=value",
-        help="change one setting of the run's config; repeatable",
-    )
+    program.add_overrides(parser, "change one setting of the run's config")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
 

@@ -513,14 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FORMAT=VALUE",
         help=f"largest difference of a probability; default: {TOLERANCES}; repeatable",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="a.b=value",
-        help="change one setting of the run's config; repeatable",
-    )
+    program.add_overrides(parser, "change one setting of the run's config")
     arguments = parser.parse_args(argv)
 
     def run() -> None:

@@ -346,14 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the Heavy Ranker.")
     parser.add_argument("--config_path", required=True, help="YAML of RecapConfig's shape")
     parser.add_argument("--save_dir", help="run folder; default: training.save_dir")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=value",
-        dest="overrides",
-        help="change one setting; repeatable",
-    )
+    program.add_overrides(parser)
     parser.add_argument(
         "--overwrite_save_dir", action="store_true", help="remove an earlier run first"
     )

@@ -157,14 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="parquet file that is written")
     parser.add_argument("--weights", type=Path, help="YAML file, task: weight; adds `score`")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="a.b=value",
-        help="change one setting of the run's config; repeatable",
-    )
+    program.add_overrides(parser, "change one setting of the run's config")
     arguments = parser.parse_args(argv)
 
     def score() -> int | None:
