@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import engine
+from tml.docker import connection
 from tml.docker.errors import LauncherError
 from tml.machines import environment
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not needing:
         return
     try:
-        engine.connect()[0].close()
+        connection.connect()[0].close()
     except LauncherError as error:
         config.stash[NO_ENGINE] = str(error)
     if NO_ENGINE not in config.stash or os.environ.get(environment.TML_REQUIRE_DOCKER) == "1":
@@ -142,7 +142,7 @@ def bare_launcher(tmp_path: Path) -> Launcher:
 @pytest.fixture
 def client() -> Iterator[Any]:
     """The engine itself."""
-    client, _ = engine.connect()
+    client, _ = connection.connect()
     yield client
     client.close()
 

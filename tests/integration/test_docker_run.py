@@ -284,7 +284,7 @@ def test_the_dry_run_starts_the_container_that_run_starts(
     )
     for found in (ours, typed):
         # What differs from run to run, and what only says who removes the container.
-        for label in ("tml.run", "tml.owner"):
+        for label in ("tml.run", "tml.job", "tml.owner"):
             found["Config"]["Labels"].pop(label, None)
         found["HostConfig"].pop("AutoRemove")
         found["Config"]["Env"].sort()

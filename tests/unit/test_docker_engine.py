@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import build, engine, image
+from tml.docker import build, connection, image
 from tml.docker.errors import LauncherError, NoEngineError
 
 
@@ -36,7 +36,7 @@ def make_context(home: Path, name: str, host: str, current: bool = False) -> Non
 def test_no_engine_says_what_was_tried_what_to_do_and_what_works_without(tmp_path: Path) -> None:
     env = {"DOCKER_HOST": f"unix://{tmp_path}/none.sock", "HOME": str(tmp_path)}
     with pytest.raises(NoEngineError) as caught:
-        engine.find_endpoint(env)
+        connection.find_endpoint(env)
     message = str(caught.value)
     assert f"unix://{tmp_path}/none.sock (from DOCKER_HOST): no such file or directory" in message
     assert "systemctl start docker" in message
@@ -48,7 +48,7 @@ def test_a_socket_that_nobody_listens_at_is_no_engine(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "stale.sock"))
     with pytest.raises(NoEngineError, match="connection refused"):
-        engine.find_endpoint({"DOCKER_HOST": f"unix://{tmp_path}/stale.sock"})
+        connection.find_endpoint({"DOCKER_HOST": f"unix://{tmp_path}/stale.sock"})
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become somebody else")
@@ -69,19 +69,19 @@ def test_an_unknown_context_is_an_error_that_names_those_there(tmp_path: Path) -
     make_context(tmp_path, "there", "unix:///x.sock")
     env = {"HOME": str(tmp_path), "DOCKER_CONTEXT": "gone"}
     with pytest.raises(NoEngineError, match=r"no Docker context 'gone' .* default, there"):
-        engine.find_endpoint(env)
+        connection.find_endpoint(env)
 
 
 def test_the_current_context_is_followed(tmp_path: Path, listening: Path) -> None:
     make_context(tmp_path, "mine", f"unix://{listening}", current=True)
-    found = engine.find_endpoint({"HOME": str(tmp_path)})
+    found = connection.find_endpoint({"HOME": str(tmp_path)})
     assert (found.url, found.context) == (f"unix://{listening}", "mine")
 
 
 def test_docker_host_wins_over_a_context(tmp_path: Path, listening: Path) -> None:
     make_context(tmp_path, "mine", "unix:///elsewhere.sock", current=True)
     env = {"HOME": str(tmp_path), "DOCKER_HOST": f"unix://{listening}"}
-    assert engine.find_endpoint(env).origin == "DOCKER_HOST"
+    assert connection.find_endpoint(env).origin == "DOCKER_HOST"
 
 
 def test_a_launcher_without_an_engine_ends_with_one_message(bare_launcher: Any) -> None:

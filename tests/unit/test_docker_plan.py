@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tml.docker import plan as plans
+from tml.docker import render
 from tml.docker.checkout import Project
 from tml.docker.errors import LauncherError
 from tml.docker.plan import Gpus, Host, Mount, Plan, Request
@@ -59,7 +60,7 @@ def test_the_default_plan_is_the_contract() -> None:
 
 
 def test_the_whole_line_of_the_default_plan() -> None:
-    assert plans.to_shell(plan()) == (
+    assert render.to_shell(plan()) == (
         "docker run --rm --init --name tml-twhin-1234"
         " --mount type=bind,source=/home/me/tml,target=/usr/src/app/tml"
         " --mount type=bind,source=/home/me/.config,target=/root/.config,readonly"
@@ -67,7 +68,8 @@ def test_the_whole_line_of_the_default_plan() -> None:
         " -w /usr/src/app --user 1000:1001 -e PYTHONPATH=/usr/src/app/ -e SPEC_TYPE=chief"
         " -e HOME=/root -e USER=me -e LOGNAME=me -e TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor"
         " --network host --shm-size 2g --cap-drop ALL --security-opt no-new-privileges"
-        " --pids-limit 8192 --stop-timeout 45 --label tml.run=1234 --label tml.role=chief"
+        " --pids-limit 8192 --stop-timeout 45 --label tml.run=1234"
+        " --label tml.job=tml-twhin-1234 --label tml.role=chief --label tml.index=0"
         " --label tml.project=twhin local/torch bash tml/projects/twhin/scripts/run_in_docker.sh"
     )
 
@@ -75,15 +77,15 @@ def test_the_whole_line_of_the_default_plan() -> None:
 def test_planning_twice_gives_the_same_plan() -> None:
     request = {"env": ("TOKEN", "A=1"), "memory": "4g", "args": ("--set", "a=b")}
     assert plan(**request) == plan(**request)
-    assert plans.to_shell(plan(**request)) == plans.to_shell(plan(**request))
+    assert render.to_shell(plan(**request)) == render.to_shell(plan(**request))
 
 
 def test_a_terminal_makes_it_interactive_unless_it_is_detached() -> None:
     terminal = replace(HOST, terminal=True)
-    assert " -it " in plans.to_shell(plan(terminal))
-    sent = plans.to_engine(plan(terminal), "owner")
+    assert " -it " in render.to_shell(plan(terminal))
+    sent = render.to_engine(plan(terminal), "owner")
     assert (sent["Tty"], sent["OpenStdin"], sent["AttachStdin"]) == (True, True, True)
-    detached = plans.to_shell(plan(terminal, detach=True))
+    detached = render.to_shell(plan(terminal, detach=True))
     assert " -d " in detached
     assert " -it " not in detached
 
@@ -91,30 +93,30 @@ def test_a_terminal_makes_it_interactive_unless_it_is_detached() -> None:
 def test_arguments_follow_the_command_and_are_quoted_in_the_line() -> None:
     made = plan(args=("--set", "a=it's $HOME"))
     assert made.command[2:] == ("--set", "a=it's $HOME")
-    assert shlex.split(plans.to_shell(made))[-2:] == ["--set", "a=it's $HOME"]
+    assert shlex.split(render.to_shell(made))[-2:] == ["--set", "a=it's $HOME"]
 
 
 def test_a_variable_by_name_is_passed_on_and_never_shown() -> None:
     made = plan(env=("TOKEN", "SHARED", "ABSENT"))
     assert environment(made)["TOKEN"] == "planted"
     assert "ABSENT" not in environment(made)
-    line = plans.to_shell(made)
+    line = render.to_shell(made)
     assert "-e TOKEN -e SHARED --network" in line
     assert "planted" not in line
-    assert "planted" not in str(plans.to_json(made))
-    assert "TOKEN=planted" in plans.to_engine(made, "owner")["Env"]
+    assert "planted" not in str(render.to_json(made))
+    assert "TOKEN=planted" in render.to_engine(made, "owner")["Env"]
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "apiKey", "DB_PASSWORD", "aws_secret_access_key"])
 def test_a_value_given_to_a_name_that_looks_secret_is_masked(name: str) -> None:
     made = plan(env=(f"{name}=planted",))
-    assert f"{name}=planted" in plans.to_engine(made, "owner")["Env"]
-    assert "planted" not in plans.to_shell(made) + str(plans.to_json(made))
+    assert f"{name}=planted" in render.to_engine(made, "owner")["Env"]
+    assert "planted" not in render.to_shell(made) + str(render.to_json(made))
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MONKEY", "OMP_NUM_THREADS"])
 def test_an_ordinary_value_is_shown(name: str) -> None:
-    assert f"-e {name}=4" in plans.to_shell(plan(env=(f"{name}=4",)))
+    assert f"-e {name}=4" in render.to_shell(plan(env=(f"{name}=4",)))
 
 
 def test_a_variable_given_wins_over_a_default() -> None:
@@ -138,7 +140,7 @@ def test_the_config_mount_can_be_written_to_or_left_out() -> None:
 
 
 def test_a_path_with_a_comma_survives_the_line() -> None:
-    line = plans.to_shell(plan(mount=("/a,b:/c",)))
+    line = render.to_shell(plan(mount=("/a,b:/c",)))
     assert 'type=bind,"source=/a,b",target=/c' in shlex.split(line)
 
 
@@ -157,15 +159,15 @@ def test_gpus_ask_for_the_capability_that_shows_everything(
 ) -> None:
     made = plan(gpus=asked)
     assert (made.gpus, made.image) == (gpus, "local/torch:gpu")
-    line = shlex.split(plans.to_shell(made))
+    line = shlex.split(render.to_shell(made))
     assert line[line.index("--gpus") + 1] == option
-    request = plans.to_engine(made, "owner")["HostConfig"]["DeviceRequests"][0]
+    request = render.to_engine(made, "owner")["HostConfig"]["DeviceRequests"][0]
     assert request["Capabilities"] == [["gpu"]]
     assert (request["Count"], request["DeviceIDs"]) == (gpus.count, list(gpus.ids) or None)
 
 
 def test_limits_reach_the_engine_in_its_units() -> None:
-    host = plans.to_engine(plan(memory="1.5g", cpus=1.5, shm_size="512m"), "owner")["HostConfig"]
+    host = render.to_engine(plan(memory="1.5g", cpus=1.5, shm_size="512m"), "owner")["HostConfig"]
     assert (host["Memory"], host["NanoCpus"], host["ShmSize"]) == (3 << 29, 1500000000, 512 << 20)
 
 
@@ -173,11 +175,8 @@ def test_processes_per_node_go_by_torchruns_own_variable() -> None:
     assert environment(plan(nproc_per_node="2"))["PET_NPROC_PER_NODE"] == "2"
 
 
-def test_a_detached_container_removes_itself_and_has_no_owner() -> None:
-    sent = plans.to_engine(plan(detach=True), "host:1:boot")
-    assert sent["HostConfig"]["AutoRemove"] is True
-    assert "tml.owner" not in sent["Labels"]
-    assert plans.to_engine(plan(), "host:1:boot")["Labels"]["tml.owner"] == "host:1:boot"
+def test_a_container_says_who_removes_it() -> None:
+    assert render.to_engine(plan(), "host:1:boot")["Labels"]["tml.owner"] == "host:1:boot"
 
 
 def test_root_may_pass_other_peoples_permissions_only_where_it_must() -> None:
@@ -185,12 +184,12 @@ def test_root_may_pass_other_peoples_permissions_only_where_it_must() -> None:
     assert plan(root).cap_add == ()
     assert plan(replace(root, foreign_mounts=True)).cap_add == ("DAC_OVERRIDE",)
     assert plan(replace(HOST, foreign_mounts=True)).cap_add == ()
-    assert "--cap-add DAC_OVERRIDE" in plans.to_shell(plan(replace(root, foreign_mounts=True)))
+    assert "--cap-add DAC_OVERRIDE" in render.to_shell(plan(replace(root, foreign_mounts=True)))
 
 
 def test_an_engine_that_docker_would_not_find_is_named_in_the_line() -> None:
     found = plan(replace(HOST, endpoint="unix:///run/user/1000/docker.sock"))
-    assert plans.to_shell(found).startswith("docker -H unix:///run/user/1000/docker.sock run ")
+    assert render.to_shell(found).startswith("docker -H unix:///run/user/1000/docker.sock run ")
 
 
 def test_the_shell_and_the_tests_have_the_mounts_of_a_run() -> None:
@@ -231,3 +230,60 @@ def test_a_wrong_variable_does_not_show_its_value() -> None:
     with pytest.raises(LauncherError) as caught:
         plan(env=("MY-TOKEN!=planted",))
     assert "planted" not in str(caught.value)
+
+
+# Several containers
+
+
+def up(host: Host = HOST, **request: Any) -> plans.Gang:
+    """A plan of an `up` of twhin."""
+    return plans.plan_up(Request(**request), host, TWHIN, "1234")
+
+
+def test_a_gang_is_a_chief_and_workers_on_a_network_of_their_own() -> None:
+    gang = up(workers=2)
+    assert [member.name for member in gang.members] == [
+        "tml-twhin-1234-chief",
+        "tml-twhin-1234-worker-1",
+        "tml-twhin-1234-worker-2",
+    ]
+    assert {member.network for member in gang.members} == {gang.network} == {"tml-twhin-1234"}
+    chief, first, _ = (environment(member) for member in gang.members)
+    assert chief["PET_NNODES"] == first["PET_NNODES"] == "3"
+    assert chief["PET_RDZV_ENDPOINT"] == first["PET_RDZV_ENDPOINT"] == "chief:29500"
+    assert (chief["PET_RDZV_CONF"], first["PET_RDZV_CONF"]) == ("is_host=true", "is_host=false")
+    assert (chief["SPEC_TYPE"], first["SPEC_TYPE"]) == ("chief", "worker")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 9, 10, 99, 100])
+def test_the_chiefs_host_name_comes_first(workers: int) -> None:
+    names = [member.hostname for member in up(workers=workers).members]
+    assert names == sorted(names)
+    assert names[0].endswith("-chief")
+
+
+def test_what_serves_and_follows_is_no_node_of_torchrun() -> None:
+    gang = up(workers=0, datasetworkers=2, evaluator=True)
+    chief, *others = gang.members
+    assert [member.member for member in others] == [
+        "datasetworker-1",
+        "datasetworker-2",
+        "evaluator",
+    ]
+    assert environment(chief)["PET_NNODES"] == "1"
+    expected = "datasetworker-1:50051,datasetworker-2:50051"
+    assert environment(chief)["TML_DATASETWORKERS"] == expected
+    assert all("PET_NNODES" not in environment(other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("args", "folder"),
+    [
+        ((), "/home/me/tmp/runs/twhin"),
+        (("--save_dir=/root/tmp/a",), "/home/me/tmp/a"),
+        (("--save_dir", "/mnt/x/../x/b"), "/big/b"),
+        (("--save_dir=/nowhere",), "/home/me/tmp/runs/twhin"),
+    ],
+)
+def test_logs_are_kept_in_the_run_folder(args: tuple[str, ...], folder: str) -> None:
+    assert up(args=args, mount=("/big:/mnt/x",)).logs == f"{folder}/logs/tml-twhin-1234"

@@ -1,22 +1,21 @@
 """From a request to a plan: what container would run, as plain data. Pure: nothing is read, made or
 started.
 
-`plan_run`, `plan_shell` and `plan_test` compute a `Plan`. A plan is carried out by engine.py
-(`to_engine` is what the engine's API is sent), printed as the same `docker run` typed by hand
-(`to_shell`), or as JSON (`to_json`).
+`plan_run`, `plan_shell` and `plan_test` compute a `Plan`, `plan_up` a `Gang` of several. engine.py
+and gang.py carry them out; render.py prints them.
 """
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Literal
 
 from tml.docker.checkout import Project
 from tml.docker.errors import LauncherError
 from tml.docker.users import EngineKind, container_user
 from tml.machines import environment
+from tml.machines.environment import Role
 
 Variant = Literal["cpu", "gpu", "dev"]
 IMAGES: dict[Variant, str] = {
@@ -42,14 +41,14 @@ checkpoint short.
 PIDS_LIMIT = 8192
 """Against a fork bomb; a rank with its data loader and thread pools takes some hundreds."""
 
-LABEL_RUN, LABEL_PROJECT, LABEL_ROLE, LABEL_OWNER = (
-    "tml.run",
-    "tml.project",
-    "tml.role",
-    "tml.owner",
-)
+LABEL_RUN, LABEL_JOB, LABEL_PROJECT = "tml.run", "tml.job", "tml.project"
+LABEL_ROLE, LABEL_INDEX, LABEL_OWNER = "tml.role", "tml.index", "tml.owner"
+"""What a container, and the network of a job, can be found by. The owner is that of owner.py."""
 
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+RENDEZVOUS_PORT = 29500
+DATASETWORKER_PORT = 50051
+
+UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,14 @@ class Gpus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Port:
+    """A port of the container at 127.0.0.1 of the host."""
+
+    host: int
+    container: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Host:
     """What planning must know of the machine and of the caller; gathered by the caller of this
     module.
@@ -96,6 +103,8 @@ class Host:
     engine: EngineKind = "rootful"
     endpoint: str | None = None
     """Where the engine listens, when `docker` typed without -H would look elsewhere."""
+    num_processors: int = 1
+    """Of the engine's machine."""
     foreign_mounts: bool = False
     """Some mounted folder belongs to somebody other than the caller."""
 
@@ -119,6 +128,13 @@ class Request:
     detach: bool = False
     nproc_per_node: str | None = None
     stop_grace_s: int = STOP_GRACE_S
+    publish: tuple[str, ...] = ()
+    read_only: bool = False
+    # Of `up`.
+    workers: int = 1
+    datasetworkers: int = 0
+    evaluator: bool = False
+    max_restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +145,8 @@ class Plan:
     command: tuple[str, ...]
     name: str
     run_id: str
+    job: str
+    """Name of the job it belongs to; a job of one container has the container's name."""
     workdir: str
     env: tuple[Variable, ...]
     mounts: tuple[Mount, ...]
@@ -146,6 +164,44 @@ class Plan:
     stop_grace_s: int = STOP_GRACE_S
     labels: Mapping[str, str] = field(default_factory=dict)
     endpoint: str | None = None
+    role: Role = "chief"
+    index: int = 0
+    """Number among those of its role: 0 for the chief and the evaluator, else from 1."""
+    hostname: str | None = None
+    aliases: tuple[str, ...] = ()
+    """Further names by which others on its network find it."""
+    ports: tuple[Port, ...] = ()
+    read_only_root: bool = False
+    """The root file system cannot be written to; /tmp and HOME are in memory."""
+    logs: str | None = None
+    """Folder of the host that its output is kept in."""
+
+    @property
+    def member(self) -> str:
+        """What it is called within its job: chief, worker-1, datasetworker-1, evaluator."""
+        return f"{self.role}-{self.index}" if self.index else self.role
+
+    @property
+    def is_service(self) -> bool:
+        """Whether it serves the others and does not end by itself."""
+        return self.role == "datasetworker"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gang:
+    """Several containers on a network of their own, as one job."""
+
+    job: str
+    run_id: str
+    network: str
+    """To be made before, and removed after; labels as the containers'."""
+    labels: Mapping[str, str]
+    members: tuple[Plan, ...]
+    """The chief first."""
+    max_restarts: int = 0
+    detach: bool = False
+    logs: str
+    """Folder of the host for each member's output."""
 
 
 def plan_run(request: Request, host: Host, project: Project, run_id: str) -> Plan:
@@ -162,6 +218,90 @@ def plan_run(request: Request, host: Host, project: Project, run_id: str) -> Pla
     tty = host.terminal and not request.detach
     labels = {**plan.labels, LABEL_PROJECT: project.path}
     return replace(plan, gpus=gpus, tty=tty, interactive=tty, detach=request.detach, labels=labels)
+
+
+def plan_up(request: Request, host: Host, project: Project, run_id: str) -> Gang:
+    """The containers that train `project` together: a chief and workers, with multi-node torchrun
+    between them, and what serves and follows them.
+    """
+    for name, least in (("workers", 0), ("datasetworkers", 0), ("max_restarts", 0)):
+        if getattr(request, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise LauncherError(f"{flag} {getattr(request, name)}: expected {least} or more")
+    single = plan_run(replace(request, detach=True), host, project, run_id)
+    job = single.job
+    roles: list[tuple[Role, int]] = [("chief", 0)]
+    roles += [("worker", number + 1) for number in range(request.workers)]
+    roles += [("datasetworker", number + 1) for number in range(request.datasetworkers)]
+    roles += [("evaluator", 0)] if request.evaluator else []
+    members = tuple(
+        _member(single, request, project, role, index, len(roles)) for role, index in roles
+    )
+    labels = {LABEL_RUN: run_id, LABEL_JOB: job, LABEL_PROJECT: project.path}
+    return Gang(
+        job=job,
+        run_id=run_id,
+        network=job,
+        labels=labels,
+        members=members,
+        max_restarts=request.max_restarts,
+        detach=request.detach,
+        logs=f"{run_folder(request.args, members[0].mounts, host.home, project.name)}/logs/{job}",
+    )
+
+
+def _member(
+    single: Plan, request: Request, project: Project, role: Role, index: int, num_containers: int
+) -> Plan:
+    plan = replace(single, role=role, index=index, network=single.job)
+    # torchrun numbers its nodes by host name, in the order of the alphabet: the chief must be 0.
+    width = len(str(request.workers))
+    hostname = {
+        "chief": f"{0:0{width}}-chief",
+        "worker": f"{index:0{width}}-worker",
+    }.get(role, plan.member)
+    variables = {variable.name: variable for variable in single.env}
+    values = {environment.SPEC_TYPE: role, environment.TML_MACHINE_SHARE: str(num_containers)}
+    if role in ("chief", "worker"):
+        values |= {
+            environment.PET_NNODES: str(1 + request.workers),
+            environment.PET_RDZV_BACKEND: "c10d",
+            environment.PET_RDZV_ENDPOINT: f"chief:{RENDEZVOUS_PORT}",
+            environment.PET_RDZV_ID: single.run_id,
+            environment.PET_RDZV_CONF: f"is_host={str(role == 'chief').lower()}",
+        }
+        if request.datasetworkers:
+            values[environment.TML_DATASETWORKERS] = ",".join(
+                f"datasetworker-{number + 1}:{DATASETWORKER_PORT}"
+                for number in range(request.datasetworkers)
+            )
+    variables |= {name: Variable(name=name, value=value) for name, value in values.items()}
+    return replace(
+        plan,
+        name=f"{single.job}-{plan.member}",
+        env=tuple(variables.values()),
+        hostname=hostname,
+        aliases=(plan.member,),
+        ports=single.ports if role == "chief" else (),
+        labels={**single.labels, LABEL_ROLE: role, LABEL_INDEX: str(index)},
+    )
+
+
+def run_folder(args: Sequence[str], mounts: Sequence[Mount], home: Path, project: str) -> str:
+    """The run folder on the host: what --save_dir names in the container, as far as it is mounted,
+    else ~/tmp/runs/<project>.
+    """
+    inside = f"{RUNS}/runs/{project}"
+    for number, arg in enumerate(args):
+        if arg.startswith("--save_dir="):
+            inside = arg.partition("=")[2]
+        elif arg == "--save_dir" and number + 1 < len(args):
+            inside = args[number + 1]
+    inside = _normal(PurePosixPath(WORKDIR) / inside)
+    for mount in sorted(mounts, key=lambda mount: len(mount.target), reverse=True):
+        if not mount.read_only and f"{inside}/".startswith(f"{mount.target}/"):
+            return mount.source + inside[len(mount.target) :]
+    return str(home / "tmp" / "runs" / project)
 
 
 def plan_shell(request: Request, host: Host, run_id: str, dev: bool = False) -> Plan:
@@ -199,6 +339,7 @@ def _plan(
         command=command,
         name=name,
         run_id=run_id,
+        job=name,
         workdir=WORKDIR,
         env=_environment(request, host, user.name),
         mounts=_mounts(request, host),
@@ -216,7 +357,12 @@ def _plan(
         if user.ids.partition(":")[0] == "0" and host.foreign_mounts
         else (),
         stop_grace_s=request.stop_grace_s,
-        labels={LABEL_RUN: run_id, LABEL_ROLE: "chief"},
+        labels={
+            LABEL_RUN: run_id,
+            LABEL_JOB: name,
+            LABEL_ROLE: "chief",
+            LABEL_INDEX: "0",
+        },
         endpoint=host.endpoint,
     )
 
@@ -305,7 +451,7 @@ def _absolute(source: str, host: Host) -> str:
     return _normal(host.cwd / source)
 
 
-def _normal(path: Path) -> str:
+def _normal(path: PurePath) -> str:
     parts: list[str] = []
     for part in path.parts[1:]:
         if part == "..":
@@ -318,7 +464,7 @@ def _normal(path: Path) -> str:
 def parse_bytes(flag: str, text: str) -> int:
     """Bytes from 512m, 2g, 1.5g, 1048576."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", text.strip().lower())
-    size = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
+    size = int(float(match.group(1)) * UNITS[match.group(2)]) if match else 0
     if size <= 0:
         raise LauncherError(f"{flag} {text!r}: expected a size such as 512m or 2g")
     return size
@@ -337,125 +483,3 @@ def parse_gpus(text: str) -> Gpus:
         f"--gpus {text!r}: expected all, a count of 1 or more, ids such as 0,1, or device=0 for "
         "one id"
     )
-
-
-def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
-    """The body of the engine's POST /containers/create. `owner` says which launcher will remove the
-    container.
-    """
-    host_config: dict[str, Any] = {
-        "Mounts": [
-            {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only}
-            for m in plan.mounts
-        ],
-        "NetworkMode": plan.network,
-        "Init": True,
-        # A detached container has nobody to remove it; for others the launcher reads the exit
-        # status first.
-        "AutoRemove": plan.detach,
-        "ShmSize": plan.shm_bytes,
-        "CapDrop": ["ALL"],
-        "CapAdd": list(plan.cap_add),
-        "SecurityOpt": ["no-new-privileges"],
-        "PidsLimit": PIDS_LIMIT,
-    }
-    if plan.memory_bytes is not None:
-        host_config["Memory"] = plan.memory_bytes
-    if plan.cpus is not None:
-        host_config["NanoCpus"] = round(plan.cpus * 1e9)
-    if plan.gpus is not None:
-        device = {
-            "Capabilities": [["gpu"]],
-            "Count": plan.gpus.count,
-            "DeviceIDs": list(plan.gpus.ids) or None,
-        }
-        host_config["DeviceRequests"] = [device]
-    attached = not plan.detach
-    return {
-        "Image": plan.image,
-        "Cmd": list(plan.command),
-        "WorkingDir": plan.workdir,
-        "User": plan.user,
-        "Env": [f"{v.name}={v.value}" for v in plan.env],
-        "Labels": {**plan.labels, **({} if plan.detach else {LABEL_OWNER: owner})},
-        "Tty": plan.tty,
-        "OpenStdin": plan.interactive,
-        "StdinOnce": plan.interactive and attached,
-        "AttachStdin": plan.interactive and attached,
-        "AttachStdout": attached,
-        "AttachStderr": attached,
-        "StopTimeout": plan.stop_grace_s,
-        "HostConfig": host_config,
-    }
-
-
-def to_argv(plan: Plan) -> list[str]:
-    """The same container as a `docker run` typed by hand. Secrets appear by name: docker takes
-    their values itself.
-    """
-    argv = ["docker", *(["-H", plan.endpoint] if plan.endpoint else []), "run", "--rm"]
-    if plan.detach:
-        argv += ["-d"]
-    argv += ["-i"] if plan.interactive and not plan.tty else []
-    argv += ["-it"] if plan.tty else []
-    argv += ["--init", "--name", plan.name]
-    for mount in plan.mounts:
-        argv += ["--mount", _mount_option(mount)]
-    argv += ["-w", plan.workdir, "--user", plan.user]
-    for variable in plan.env:
-        argv += ["-e", variable.name if variable.secret else f"{variable.name}={variable.value}"]
-    argv += ["--network", plan.network, "--shm-size", _size(plan.shm_bytes)]
-    argv += ["--memory", _size(plan.memory_bytes)] if plan.memory_bytes is not None else []
-    argv += ["--cpus", f"{plan.cpus:g}"] if plan.cpus is not None else []
-    argv += ["--gpus", _gpus_option(plan.gpus)] if plan.gpus is not None else []
-    argv += ["--cap-drop", "ALL"]
-    for capability in plan.cap_add:
-        argv += ["--cap-add", capability]
-    argv += ["--security-opt", "no-new-privileges", "--pids-limit", str(PIDS_LIMIT)]
-    argv += ["--stop-timeout", str(plan.stop_grace_s)]
-    for name, value in plan.labels.items():
-        argv += ["--label", f"{name}={value}"]
-    return [*argv, plan.image, *plan.command]
-
-
-def to_shell(plan: Plan) -> str:
-    """`to_argv` in one line that a shell takes."""
-    return shlex.join(to_argv(plan))
-
-
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON's types; the value of a secret is null."""
-    data = asdict(plan)
-    for variable in data["env"]:
-        if variable["secret"]:
-            variable["value"] = None
-    data["labels"] = dict(plan.labels)
-    return data
-
-
-def secret_names(plan: Plan) -> Sequence[str]:
-    """Names of the variables whose values are not shown."""
-    return [variable.name for variable in plan.env if variable.secret]
-
-
-def _mount_option(mount: Mount) -> str:
-    fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
-    fields += ["readonly"] if mount.read_only else []
-    # docker reads this option as one line of CSV: a path with a comma or a quote must be quoted.
-    return ",".join(
-        '"' + text.replace('"', '""') + '"' if re.search(r'[,"\n]', text) else text
-        for text in fields
-    )
-
-
-def _gpus_option(gpus: Gpus) -> str:
-    if gpus.ids:
-        return f'"device={",".join(gpus.ids)}"'
-    return "all" if gpus.count == -1 else str(gpus.count)
-
-
-def _size(size: int) -> str:
-    for suffix in "gmk":
-        if size % _UNITS[suffix] == 0:
-            return f"{size // _UNITS[suffix]}{suffix}"
-    return str(size)

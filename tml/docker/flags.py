@@ -1,0 +1,416 @@
+"""The verbs and their flags. Each names the function that carries it out, which is imported only
+then.
+"""
+
+import argparse
+from typing import TypeAlias
+
+from tml.docker.plan import STOP_GRACE_S
+
+PROLOGUE = """Train in containers: one image, one command.
+
+  start     run      one container                     up       several, as one job
+            shell    a shell in the image              test     the tests, in the image
+  watch     ps       the jobs                          logs     what they say
+            wait     for one to end                    exec     a command inside one
+  end       stop     one, with grace                   gc       what dead launchers left behind
+  set up    build    the image                         doctor   what is wrong with this machine
+            compose-env  .env for docker compose       completion  of all this, in your shell
+            ping     is there an engine?
+"""
+EPILOGUE = """examples:
+  python -m tml.docker run                          train twhin on the built-in graph
+  python -m tml.docker up --workers 2 --detach      three containers, in the background
+  python -m tml.docker logs -f                      watch the only job there is
+  python -m tml.docker doctor                       when something is wrong
+
+`VERB --help` has the flags of a verb, with examples. docs/runtime.md tells how a job lives.
+"""
+
+RUN_EXAMPLES = """examples:
+  python -m tml.docker run                                   train twhin on the built-in graph
+  python -m tml.docker run recap                             the other project
+  python -m tml.docker run twhin --nproc-per-node 2          with two processes
+  python -m tml.docker run --data /srv/graph -- --config_yaml_path=/data/config.yaml
+  python -m tml.docker run --detach                          in the background: logs, wait, stop
+  python -m tml.docker run --env HF_TOKEN                    a secret, by name
+  python -m tml.docker run --dry-run                         the docker run line that this is
+"""
+UP_EXAMPLES = """examples:
+  python -m tml.docker up                                    twhin: a chief and a worker
+  python -m tml.docker up --workers 3 --cpus 0.5             four, of half a processor each
+  python -m tml.docker up --max-restarts 2 --detach          go on from the last checkpoint, twice
+  python -m tml.docker up recap --evaluator -- --config_path=/root/tmp/my.yaml
+  python -m tml.docker up --dry-run                          the docker lines that this is
+
+The first container that fails stops all of them, and its exit status is that of the job; a job has
+succeeded when all have. Each container's output is also kept in the run folder, logs/JOB/.
+"""
+LOGS_EXAMPLES = """examples:
+  python -m tml.docker logs                     of the only job, or the newest
+  python -m tml.docker logs -f tml-twhin-1a2b   and go on until it ends
+  python -m tml.docker logs --role worker-1 --tail 50
+"""
+EXEC_EXAMPLES = """examples:
+  python -m tml.docker exec -- nvidia-smi
+  python -m tml.docker exec tml-twhin-1a2b --role worker-1 -- bash
+"""
+GC_EXAMPLES = """Removes containers and networks of jobs whose launcher is dead (killed with -9, or
+the machine restarted), and nothing else: what a living launcher owns, what another machine owns,
+and what was not started by this launcher stays.
+"""
+COMPOSE_ENV_EXAMPLES = """examples:
+  python -m tml.docker compose-env --workers 2 && docker compose up
+  python -m tml.docker compose-env --project recap && docker compose --profile evaluator up
+"""
+COMPLETION_EXAMPLES = """examples:
+  source <(python -m tml.docker completion bash)     now; put the line into ~/.bashrc for always
+  python -m tml.docker completion zsh >> ~/.zshrc
+  python -m tml.docker completion fish > ~/.config/fish/completions/tml.fish
+"""
+DOCTOR_EXAMPLES = """Each line is ok, a warning or an error with what to do; exit status 1 where
+there is an error.
+"""
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and what stands after `--`."""
+    args: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, args = argv[:cut], argv[cut + 1 :]
+    flags = build_parser().parse_args(argv)
+    if args and not flags.takes_args:
+        raise SystemExit(f"tml: {flags.verb} takes nothing after --")
+    return flags, args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tml.docker",
+        description=PROLOGUE,
+        epilog=EPILOGUE,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    _add_run(verbs)
+    _add_up(verbs)
+    shell = _verb(verbs, "shell", "launch:shell", "a shell in the image, with the mounts of a run")
+    _container_flags(shell)
+    _single_flags(shell)
+    shell.add_argument("--dev", action="store_true", help="in local/torch:dev")
+    test = _verb(verbs, "test", "launch:test", "the tests that need no engine, in the image")
+    _container_flags(test)
+    _single_flags(test)
+    _add_build(verbs)
+    ping = "say whether an engine answers"
+    _verb(verbs, "ping", "launch:ping", ping, takes_args=False)
+    _add_jobs(verbs)
+    _add_setup(verbs)
+    return parser
+
+
+def _add_run(verbs: Verbs) -> None:
+    run = _verb(
+        verbs, "run", "launch:run", "build the image if needed and train a project", RUN_EXAMPLES
+    )
+    _project(run)
+    _container_flags(run)
+    _single_flags(run)
+    _detach(run)
+    _nproc(run)
+
+
+def _add_up(verbs: Verbs) -> None:
+    up = _verb(
+        verbs, "up", "launch:up", "train a project in several containers, as one job", UP_EXAMPLES
+    )
+    _project(up)
+    add = up.add_argument
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="containers beside the chief's (default 1)",
+    )
+    add(
+        "--datasetworkers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="containers that read the data for the others (default 0)",
+    )
+    add(
+        "--evaluator",
+        action="store_true",
+        help="one more container, which follows the checkpoints and measures them",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="after a failure start all again, from the last complete checkpoint, K times at most",
+    )
+    add("--timestamps", action="store_true", help="the time before each line")
+    _container_flags(up)
+    _detach(up)
+    _nproc(up)
+
+
+def _add_build(verbs: Verbs) -> None:
+    build = _verb(verbs, "build", "launch:build", "build the image", takes_args=False)
+    which = build.add_mutually_exclusive_group()
+    which.add_argument("--gpu", action="store_true", help="the CUDA variant, local/torch:gpu")
+    which.add_argument(
+        "--dev", action="store_true", help="also the stage with the tests' tools, local/torch:dev"
+    )
+    build.add_argument("--force", action="store_true", help="build although nothing changed")
+    build.add_argument(
+        "--stage",
+        action="store_true",
+        help="only write .build/, from which `docker compose build` takes wheels",
+    )
+
+
+def _add_jobs(verbs: Verbs) -> None:
+    ps = _verb(verbs, "ps", "jobs:ps", "the jobs: those that run, and how others ended")
+    ps.add_argument("--all", "-a", action="store_true", help="also those that have ended")
+    _json(ps)
+
+    logs = _verb(verbs, "logs", "jobs:logs", "what the containers of a job say", LOGS_EXAMPLES)
+    _job(logs)
+    add = logs.add_argument
+    add("--follow", "-f", action="store_true", help="go on until the job ends")
+    add("--tail", type=int, metavar="N", help="the last N lines of each container alone")
+    add("--timestamps", action="store_true", help="the time before each line")
+    _role(logs, None)
+    _json(logs)
+
+    stop = _verb(verbs, "stop", "jobs:stop", "stop a job: SIGTERM, the grace, SIGKILL")
+    _job(stop)
+    stop.add_argument("--all", "-a", action="store_true", help="every job that runs")
+    stop.add_argument(
+        "--stop-grace",
+        type=int,
+        metavar="S",
+        help="seconds from SIGTERM to SIGKILL (default: those the job was started with)",
+    )
+    _json(stop)
+
+    wait = _verb(
+        verbs, "wait", "jobs:wait", "wait until a job has ended; its exit status is that of wait"
+    )
+    _job(wait)
+    wait.add_argument("--timeout", type=float, metavar="S", help="124 after so many seconds")
+    _json(wait)
+
+    execute = _verb(
+        verbs, "exec", "jobs:execute", "a command inside a container of a job", EXEC_EXAMPLES
+    )
+    _job(execute)
+    _role(execute, "chief")
+    execute.add_argument("--user", metavar="UID[:GID]", help="default: the container's")
+    _json(execute)
+
+    gc = _verb(
+        verbs, "gc", "jobs:gc", "remove what launchers that are dead left behind", GC_EXAMPLES
+    )
+    gc.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    _json(gc)
+
+
+def _add_setup(verbs: Verbs) -> None:
+    doctor = _verb(
+        verbs, "doctor", "doctor:main", "look at engine, image, machine, jobs", DOCTOR_EXAMPLES
+    )
+    _json(doctor)
+
+    compose = _verb(
+        verbs,
+        "compose-env",
+        "compose:write_env",
+        "write .env, which docker-compose.yml is filled from",
+        COMPOSE_ENV_EXAMPLES,
+        takes_args=False,
+    )
+    add = compose.add_argument
+    add("--project", default="twhin", metavar="PROJECT", help="default: twhin")
+    add("--workers", type=int, default=1, metavar="N", help="containers beside the chief's")
+    add("--shm-size", metavar="SIZE", help="size of /dev/shm, such as 512m (default 2g)")
+    add("--memory", metavar="SIZE", help="memory limit of each container (default none)")
+    add("--cpus", type=float, metavar="N", help="processor limit of each container (default none)")
+    add("--data", metavar="DIR", help="a folder to be seen, read-only, at /data")
+    _nproc(compose)
+    add("--output", metavar="FILE", help="default: .env in the checkout; - prints it")
+
+    completion = _verb(
+        verbs,
+        "completion",
+        "completion:main",
+        "print what your shell needs to complete verbs, flags and names",
+        COMPLETION_EXAMPLES,
+        takes_args=False,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+# Flags that several verbs have
+
+
+def _verb(
+    verbs: Verbs,
+    name: str,
+    function: str,
+    what: str,
+    more: str = "",
+    *,
+    takes_args: bool | None = None,
+) -> argparse.ArgumentParser:
+    """A verb that `tml.docker.<function>` carries out."""
+    parser = verbs.add_parser(
+        name,
+        help=what,
+        description=what,
+        epilog=more,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module = function.partition(":")[0]
+    if takes_args is None:
+        takes_args = module == "launch" or name == "exec"
+    parser.set_defaults(function=f"tml.docker.{function}", takes_args=takes_args)
+    return parser
+
+
+def _project(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "project", nargs="?", default="twhin", metavar="PROJECT", help="default: twhin"
+    )
+
+
+def _job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "job",
+        nargs="?",
+        metavar="JOB",
+        help="name as `ps` shows it, or its beginning; default: the only one that runs",
+    )
+
+
+def _role(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--role",
+        default=default,
+        metavar="ROLE",
+        help=f"chief, worker-1, … (default: {default or 'all'})",
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON, for programs")
+
+
+def _detach(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="print the job's name and leave it running; see logs, wait, stop, ps",
+    )
+
+
+def _nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc-per-node",
+        metavar="N",
+        help="processes that torchrun starts in each container: a count, auto, gpu or cpu",
+    )
+
+
+def _single_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of one container; several have a network of their own."""
+    parser.add_argument(
+        "--network",
+        default="host",
+        metavar="NAME",
+        help="host (default), bridge, none or a network's name",
+    )
+
+
+def _container_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--gpus",
+        metavar="WHICH",
+        help="all, a count, ids such as 0,1, or device=0; takes local/torch:gpu",
+    )
+    add("--shm-size", metavar="SIZE", help="size of /dev/shm, such as 512m (default 2g)")
+    add("--memory", metavar="SIZE", help="memory limit, such as 4g (default none)")
+    add("--cpus", type=float, metavar="N", help="processor limit, such as 1.5 (default none)")
+    add(
+        "--user",
+        metavar="UID[:GID]",
+        help="user in the container (default: whoever makes the files yours)",
+    )
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="NAME alone takes the value from here, unseen",
+    )
+    add("--mount", action="append", default=[], metavar="SRC:DST[:ro]", help="a further folder")
+    add("--data", metavar="DIR", help="a folder to be seen, read-only, at /data")
+    add(
+        "--config-mount",
+        choices=("ro", "rw", "none"),
+        default="ro",
+        help="~/.config in the container (default ro)",
+    )
+    add(
+        "--publish",
+        action="append",
+        default=[],
+        metavar="[PORT:]PORT",
+        help="a port of the (chief's) container at 127.0.0.1; not with --network host",
+    )
+    add(
+        "--read-only",
+        action="store_true",
+        help="nothing in the container can be written to but the mounts, /tmp and home (in memory)",
+    )
+    add("--name", help="the job's name")
+    add(
+        "--stop-grace",
+        type=int,
+        default=STOP_GRACE_S,
+        metavar="S",
+        help=f"seconds from SIGTERM to SIGKILL ({STOP_GRACE_S})",
+    )
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument(
+        "--build",
+        dest="build",
+        action="store_const",
+        const="always",
+        default="when-needed",
+        help="build although nothing changed",
+    )
+    policy.add_argument(
+        "--no-build",
+        dest="build",
+        action="store_const",
+        const="never",
+        help="take the image as it is",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the docker lines that this is, and do nothing",
+    )
+    add("--json", action="store_true", help="print the plan, and do nothing")

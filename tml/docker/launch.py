@@ -1,0 +1,283 @@
+"""The verbs that start containers: run, up, shell, test; and build, ping. A request is gathered, a
+plan is computed, then shown or carried out.
+"""
+
+import argparse
+import getpass
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tml.docker import plan as plans
+from tml.docker import render, signals
+from tml.docker.checkout import find_project
+from tml.docker.errors import LauncherError, NoEngineError
+from tml.docker.plan import Host, Plan, Request, Variant
+from tml.docker.terminal import is_terminal
+from tml.docker.users import EngineKind
+from tml.machines import environment
+
+if TYPE_CHECKING:
+    from docker import APIClient
+
+BuildPolicy = Literal["when-needed", "always", "never"]
+
+
+def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Train a project in a container."""
+    checkout = environment.tml_base()
+    project = find_project(checkout, flags.project)
+    request = _request(flags, args)
+    if flags.dry_run or flags.json:
+        return _show(
+            plans.plan_run(request, _host_for_show(request), project, _run_id()), flags.json
+        )
+    client, host = _client_and_host(request)
+    plan = plans.plan_run(request, host, project, _run_id())
+    _prepare_mounts(plan, host)
+    _ensure_image(client, checkout, _variant(plan), flags.build)
+    return _carry_out(client, plan)
+
+
+def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Open a shell in the image."""
+    request = _request(flags, args)
+    if flags.dry_run or flags.json:
+        return _show(
+            plans.plan_shell(request, _host_for_show(request), _run_id(), flags.dev), flags.json
+        )
+    client, host = _client_and_host(request)
+    plan = plans.plan_shell(request, host, _run_id(), flags.dev)
+    _prepare_mounts(plan, host)
+    _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
+    return _carry_out(client, plan, pass_interrupt=True)
+
+
+def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Run the tests that need no engine inside the dev image."""
+    request = _request(flags, args)
+    if flags.dry_run or flags.json:
+        return _show(plans.plan_test(request, _host_for_show(request), _run_id()), flags.json)
+    client, host = _client_and_host(request)
+    plan = plans.plan_test(request, host, _run_id())
+    _prepare_mounts(plan, host)
+    _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
+    return _carry_out(client, plan)
+
+
+def build(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Build the image, or write what BuildKit needs."""
+    from tml.docker import image
+    from tml.docker.build import stage
+
+    variant: Variant = "dev" if flags.dev else "gpu" if flags.gpu else "cpu"
+    checkout = environment.tml_base()
+    if flags.stage:
+        folder = stage(checkout, variant)
+        print(f"{image.LABEL_INPUTS}={image.hash_inputs(checkout, variant)}")
+        logging.info("wrote %s for docker compose build and docker build", folder)
+        return 0
+    from tml.docker.connection import connect
+
+    client, _ = connect()
+    _ensure_image(
+        client, checkout, variant, "always" if flags.force else "when-needed", say_current=True
+    )
+    return 0
+
+
+def ping(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Say whether an engine answers."""
+    from tml.docker.connection import connect
+
+    client, endpoint = connect()
+    print(f"engine {client.version()['Version']} at {endpoint.url}")
+    return 0
+
+
+# Between the verbs and the plan
+
+
+def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
+    return Request(
+        args=tuple(args),
+        network=flags.network,
+        gpus=flags.gpus,
+        shm_size=flags.shm_size,
+        memory=flags.memory,
+        cpus=flags.cpus,
+        user=flags.user,
+        env=tuple(flags.env),
+        mount=tuple(flags.mount),
+        data=flags.data,
+        config_mount=flags.config_mount,
+        name=flags.name,
+        detach=getattr(flags, "detach", False),
+        nproc_per_node=getattr(flags, "nproc_per_node", None),
+        stop_grace_s=flags.stop_grace,
+    )
+
+
+def _client_and_host(request: Request) -> tuple["APIClient", Host]:
+    from tml.docker.connection import connect, kind_of
+
+    client, endpoint = connect()
+    kind = "rootful" if request.user is not None else kind_of(client)
+    return client, _host(kind, None if endpoint.usual else endpoint.url)
+
+
+def _host_for_show(request: Request) -> Host:
+    """The host for a plan that is only shown: where no engine answers, an ordinary rootful one is
+    assumed.
+    """
+    try:
+        return _client_and_host(request)[1]
+    except NoEngineError as error:
+        logging.warning(
+            "%s; showing what an ordinary engine would be told", str(error).splitlines()[0]
+        )
+        return _host("rootful", None)
+
+
+def _host(kind: EngineKind, endpoint: str | None) -> Host:
+    checkout, home = environment.tml_base(), environment.home()
+    uid = os.getuid()
+    return Host(
+        checkout=checkout,
+        home=home,
+        cwd=Path.cwd(),
+        uid=uid,
+        gid=os.getgid(),
+        user=_user_name(),
+        environment=os.environ,
+        terminal=is_terminal(),
+        engine=kind,
+        endpoint=endpoint,
+        foreign_mounts=any(
+            _owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")
+        ),
+    )
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "user"
+
+
+def _owner(path: Path) -> int | None:
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return None
+
+
+def _run_id() -> str:
+    return os.urandom(4).hex()
+
+
+def _variant(plan: Plan) -> Variant:
+    return {name: variant for variant, name in plans.IMAGES.items()}[plan.image]
+
+
+def _own_folders(plan: Plan, host: Host) -> list[Path]:
+    """Sources of a plan that we make where they are missing: made by us, they are the caller's."""
+    ours = {str(host.home / ".config"), str(host.home / "tmp")}
+    return [Path(mount.source) for mount in plan.mounts if mount.source in ours]
+
+
+def _prepare_mounts(plan: Plan, host: Host) -> None:
+    for folder in _own_folders(plan, host):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise LauncherError(
+                f"cannot make {folder}, which is mounted into the container: {error.strerror}"
+            ) from error
+    for mount in plan.mounts:
+        if not Path(mount.source).exists():
+            raise LauncherError(
+                f"mount source {mount.source} (for {mount.target}) does not exist: make it, or "
+                "mend the path"
+            )
+        if Path(mount.source).resolve().name in ("docker.sock", "podman.sock"):
+            raise LauncherError(
+                f"mount source {mount.source} is the engine's socket; it is not mounted"
+            )
+
+
+def _show(plan: Plan, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(render.to_json(plan), indent=2))
+        return 0
+    for name in render.secret_names(plan):
+        if name not in os.environ:
+            logging.warning("%s is not shown: export it before you paste this line", name)
+    missing = [mount.source for mount in plan.mounts if not Path(mount.source).exists()]
+    if missing:
+        logging.warning(
+            "run makes these if they are yours to have; before you paste this line: mkdir -p %s",
+            " ".join(missing),
+        )
+    print(render.to_shell(plan))
+    return 0
+
+
+def _ensure_image(
+    client: "APIClient",
+    checkout: Path,
+    variant: Variant,
+    policy: BuildPolicy,
+    say_current: bool = False,
+) -> None:
+    from tml.docker import image
+
+    name, there, wanted = (
+        plans.IMAGES[variant],
+        image.built_from(client, variant),
+        image.hash_inputs(checkout, variant),
+    )
+    if policy == "never":
+        if there is None:
+            raise LauncherError(
+                f"image {name} is not there, and --no-build was given: python -m tml.docker build"
+            )
+        if there != wanted:
+            logging.warning(
+                "image %s is older than the Dockerfile or the requirements; --no-build was given",
+                name,
+            )
+    elif policy == "always" or there != wanted:
+        why = (
+            "asked for"
+            if policy == "always"
+            else "not there"
+            if there is None
+            else "its inputs changed"
+        )
+        logging.info("building %s (%s)", name, why)
+        from tml.docker.build import build_image
+
+        build_image(client, checkout, variant)
+    elif say_current:
+        logging.info("image %s is current", name)
+
+
+def _carry_out(client: "APIClient", plan: Plan, pass_interrupt: bool = False) -> int:
+    from tml.docker import engine
+
+    signals.end_if_told()
+    if plan.detach:
+        print(engine.start_detached(client, plan))
+        logging.info(
+            "follow it: docker logs -f %s; stop it: docker stop %s; it is removed when it ends",
+            plan.name,
+            plan.name,
+        )
+        return 0
+    logging.info("container %s from %s", plan.name, plan.image)
+    return engine.run_attached(client, plan, pass_interrupt=pass_interrupt)

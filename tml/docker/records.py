@@ -1,0 +1,99 @@
+"""What is known of a job once its containers are gone: one small JSON file a job, below the
+caller's state folder (XDG_STATE_HOME, else ~/.local/state). Containers that run are found by label,
+never from here.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tml.machines import environment
+
+KEPT = 200
+"""Records beyond this number are removed, the oldest first."""
+
+JobState = Literal["starting", "running", "restarting", "ended"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One job. Times are seconds since the epoch."""
+
+    job: str
+    run_id: str
+    verb: Literal["run", "up"]
+    project: str
+    owner: str
+    """The launcher's process, as owner.py writes it."""
+    endpoint: str
+    """Address of the engine."""
+    members: tuple[str, ...]
+    """chief, worker-1, …"""
+    logs: str | None
+    """Folder that has <member>.log, and launcher.log of a detached job."""
+    state: JobState = "starting"
+    started: float
+    ended: float | None = None
+    exit_code: int | None = None
+    cause: str | None = None
+    """Why it failed, in a line."""
+    restarts: int = 0
+
+
+def folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Where records are."""
+    state = env.get(environment.XDG_STATE_HOME)
+    return (Path(state) if state else environment.home(env) / ".local" / "state") / "tml" / "jobs"
+
+
+def write(record: Record) -> None:
+    """Write a record, whole or not at all; an unwritable state folder does not end a job."""
+    path = folder() / f"{record.job}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary.write_text(json.dumps(asdict(record), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def change(record: Record, **changes: Any) -> Record:
+    """The record with changes, written."""
+    changed = replace(record, **changes)
+    write(changed)
+    return changed
+
+
+def end(record: Record, exit_code: int, cause: str | None) -> Record:
+    """The record of a job that has ended, written."""
+    return change(record, state="ended", ended=time.time(), exit_code=exit_code, cause=cause)
+
+
+def read(job: str) -> Record | None:
+    """The record of a job; None where there is none that can be read."""
+    return _read(folder() / f"{job}.json")
+
+
+def read_all() -> list[Record]:
+    """All records, the newest first."""
+    records = [_read(path) for path in folder().glob("*.json")]
+    return sorted((r for r in records if r is not None), key=lambda r: r.started, reverse=True)
+
+
+def prune() -> None:
+    """Remove the oldest ended records beyond KEPT."""
+    for record in [r for r in read_all() if r.state == "ended"][KEPT:]:
+        (folder() / f"{record.job}.json").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        data = json.loads(path.read_text())
+        return Record(**{**data, "members": tuple(data["members"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
