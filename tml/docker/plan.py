@@ -26,6 +26,7 @@ IMAGES: dict[Variant, str] = {
 
 CHECKOUT = "/usr/src/app/tml"
 WORKDIR = "/usr/src/app"
+HOME = "/root"
 CONFIG = "/root/.config"
 RUNS = "/root/tmp"
 DATA = "/data"
@@ -373,7 +374,7 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
         environment.SPEC_TYPE: "chief",
         # A user id that the image does not know: getpass and torch look here before they raise
         # KeyError.
-        environment.HOME: "/root",
+        environment.HOME: HOME,
         environment.USER: user_name,
         environment.LOGNAME: user_name,
         environment.TORCHINDUCTOR_CACHE_DIR: "/tmp/torchinductor",

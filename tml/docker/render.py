@@ -1,14 +1,19 @@
-"""A plan in the forms others take: the body that the engine's API is sent, the same `docker run`
-typed by hand, JSON. Pure, as plan.py is.
+"""A plan, or a gang of them, in the forms others take: the body that the engine's API is sent, the
+same `docker run` typed by hand, JSON. Pure, as plan.py is.
 """
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tml.docker.plan import LABEL_OWNER, PIDS_LIMIT, UNITS, Gpus, Mount, Plan
+from tml.docker.plan import HOME, LABEL_OWNER, PIDS_LIMIT, UNITS, Gang, Gpus, Mount, Plan
+
+LOOPBACK = "127.0.0.1"
+"""Published ports are for this machine alone."""
+TMPFS = {"/tmp": "2g", HOME: "1g"}
+"""What can be written to under a read-only root, and how much; as /dev/shm, used only as filled."""
 
 
 def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
@@ -41,8 +46,12 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
             "DeviceIDs": list(plan.gpus.ids) or None,
         }
         host_config["DeviceRequests"] = [device]
+    if plan.read_only_root:
+        host_config |= {"ReadonlyRootfs": True, "Tmpfs": _tmpfs(plan)}
+    if plan.ports:
+        host_config["PortBindings"] = _port_bindings(plan)
     attached = not plan.detach
-    return {
+    body: dict[str, Any] = {
         "Image": plan.image,
         "Cmd": list(plan.command),
         "WorkingDir": plan.workdir,
@@ -58,15 +67,23 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
         "StopTimeout": plan.stop_grace_s,
         "HostConfig": host_config,
     }
+    if plan.hostname is not None:
+        body["Hostname"] = plan.hostname
+    if plan.ports:
+        body["ExposedPorts"] = {port: {} for port in host_config["PortBindings"]}
+    if plan.aliases:
+        endpoint = {"Aliases": list(plan.aliases)}
+        body["NetworkingConfig"] = {"EndpointsConfig": {plan.network: endpoint}}
+    return body
 
 
-def to_argv(plan: Plan) -> list[str]:
+def to_argv(plan: Plan, *, remove: bool = True) -> list[str]:
     """The same container as a `docker run` typed by hand. Secrets appear by name: docker takes
-    their values itself.
+    their values itself. `remove`: the engine removes it when it ends.
     """
-    argv = ["docker", *(["-H", plan.endpoint] if plan.endpoint else []), "run", "--rm"]
-    if plan.detach:
-        argv += ["-d"]
+    argv = [*_docker(plan), "run"]
+    argv += ["--rm"] if remove else []
+    argv += ["-d"] if plan.detach else []
     argv += ["-i"] if plan.interactive and not plan.tty else []
     argv += ["-it"] if plan.tty else []
     argv += ["--init", "--name", plan.name]
@@ -75,7 +92,13 @@ def to_argv(plan: Plan) -> list[str]:
     argv += ["-w", plan.workdir, "--user", plan.user]
     for variable in plan.env:
         argv += ["-e", variable.name if variable.secret else f"{variable.name}={variable.value}"]
-    argv += ["--network", plan.network, "--shm-size", _size(plan.shm_bytes)]
+    argv += ["--network", plan.network]
+    argv += ["--hostname", plan.hostname] if plan.hostname is not None else []
+    for alias in plan.aliases:
+        argv += ["--network-alias", alias]
+    for port in plan.ports:
+        argv += ["--publish", f"{LOOPBACK}:{port.host}:{port.container}"]
+    argv += ["--shm-size", _size(plan.shm_bytes)]
     argv += ["--memory", _size(plan.memory_bytes)] if plan.memory_bytes is not None else []
     argv += ["--cpus", f"{plan.cpus:g}"] if plan.cpus is not None else []
     argv += ["--gpus", _gpus_option(plan.gpus)] if plan.gpus is not None else []
@@ -84,14 +107,35 @@ def to_argv(plan: Plan) -> list[str]:
         argv += ["--cap-add", capability]
     argv += ["--security-opt", "no-new-privileges", "--pids-limit", str(PIDS_LIMIT)]
     argv += ["--stop-timeout", str(plan.stop_grace_s)]
-    for name, value in plan.labels.items():
-        argv += ["--label", f"{name}={value}"]
-    return [*argv, plan.image, *plan.command]
+    if plan.read_only_root:
+        argv += ["--read-only"]
+        for target, options in _tmpfs(plan).items():
+            argv += ["--tmpfs", f"{target}:{options}"]
+    return [*argv, *_label_options(plan.labels), plan.image, *plan.command]
 
 
 def to_shell(plan: Plan) -> str:
     """`to_argv` in one line that a shell takes."""
     return shlex.join(to_argv(plan))
+
+
+def gang_to_shell(gang: Gang) -> str:
+    """The lines of a shell that make the network, start each container, follow the chief, wait for
+    all, and remove everything. What they lack of `up`: the first failure does not stop the others.
+    """
+    docker = _docker(gang.members[0])
+    ending = [member.name for member in gang.members if not member.is_service]
+    every = [member.name for member in gang.members]
+    lines = [
+        [*docker, "network", "create", *_label_options(gang.labels), gang.network],
+        # Not --rm: `docker wait` would find those that end before it gone.
+        *(to_argv(member, remove=False) for member in gang.members),
+        [*docker, "logs", "-f", gang.members[0].name],
+        [*docker, "wait", *ending],
+        [*docker, "rm", "--force", "--volumes", *every],
+        [*docker, "network", "rm", gang.network],
+    ]
+    return "\n".join(shlex.join(line) for line in lines)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -104,9 +148,49 @@ def to_json(plan: Plan) -> dict[str, Any]:
     return data
 
 
+def gang_to_json(gang: Gang) -> dict[str, Any]:
+    """The gang as JSON's types; its members are as `to_json` has them."""
+    return {
+        "job": gang.job,
+        "run_id": gang.run_id,
+        "network": gang.network,
+        "labels": dict(gang.labels),
+        "max_restarts": gang.max_restarts,
+        "detach": gang.detach,
+        "logs": gang.logs,
+        "members": [to_json(member) for member in gang.members],
+    }
+
+
 def secret_names(plan: Plan) -> Sequence[str]:
     """Names of the variables whose values are not shown."""
     return [variable.name for variable in plan.env if variable.secret]
+
+
+def _docker(plan: Plan) -> list[str]:
+    return ["docker", *(["-H", plan.endpoint] if plan.endpoint else [])]
+
+
+def _label_options(labels: Mapping[str, str]) -> list[str]:
+    return [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
+
+
+def _tmpfs(plan: Plan) -> dict[str, str]:
+    mounted = {mount.target for mount in plan.mounts}
+    # exec: torch.compile loads what it has compiled from there; the engine's default is noexec.
+    return {
+        target: f"rw,exec,nosuid,nodev,mode=1777,size={size}"
+        for target, size in TMPFS.items()
+        if target not in mounted
+    }
+
+
+def _port_bindings(plan: Plan) -> dict[str, list[dict[str, str]]]:
+    bindings: dict[str, list[dict[str, str]]] = {}
+    for port in plan.ports:
+        binding = {"HostIp": LOOPBACK, "HostPort": str(port.host)}
+        bindings.setdefault(f"{port.container}/tcp", []).append(binding)
+    return bindings
 
 
 def _mount_option(mount: Mount) -> str:
