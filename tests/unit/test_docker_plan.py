@@ -1,5 +1,6 @@
 """The plan: from a request to one container, without an engine."""
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tml.docker import plan as plans
 from tml.docker import render
 from tml.docker.checkout import Project
 from tml.docker.errors import LauncherError
-from tml.docker.plan import Gpus, Host, Mount, Plan, Request
+from tml.docker.plan import Gpus, Host, Mount, Plan, Port, Request
 
 TWHIN = Project(path="twhin", script="projects/twhin/scripts/run_in_docker.sh")
 HOST = Host(
@@ -21,7 +22,7 @@ HOST = Host(
     uid=1000,
     gid=1001,
     user="me",
-    environment={"TOKEN": "planted", "SHARED": "x"},
+    environment={"TOKEN": "planted", "SHARED": "x", "BASH_ENV": "/x"},
     terminal=False,
 )
 
@@ -213,6 +214,21 @@ def test_the_shell_and_the_tests_have_the_mounts_of_a_run() -> None:
         ({"mount": ("/a:/b:x",)}, "--mount '/a:/b:x'"),
         ({"mount": ("/a:/",)}, "--mount '/a:/'"),
         ({"mount": ("/var/run/docker.sock:/s",)}, "engine's socket"),
+        ({"mount": ("/srv/x/podman.sock:/s",)}, "engine's socket"),
+        ({"mount": ("/:/host:ro",)}, "has the engine's socket /run/docker.sock in it"),
+        ({"mount": ("/run:/r",)}, "mount source /run has the engine's socket"),
+        ({"mount": ("/var/../var/run/:/r",)}, "mount source /var/run has the engine's socket"),
+        ({"data": "/var"}, "mount source /var has the engine's socket"),
+        ({"data": "/"}, "mount source / has the engine's socket"),
+        ({"publish": ("80",)}, "leave --publish out, or add --network bridge"),
+        ({"publish": ("80",), "network": "none"}, "--publish 80 with --network none"),
+        ({"publish": ("0",), "network": "bridge"}, "--publish '0': a port is 1 to 65535"),
+        ({"publish": ("80:65536",), "network": "bridge"}, "a port is 1 to 65535"),
+        ({"publish": ("http",), "network": "bridge"}, "--publish 'http': expected PORT"),
+        ({"publish": ("0.0.0.0:80:80",), "network": "bridge"}, "always published at 127.0.0.1"),
+        ({"publish": (":80",), "network": "bridge"}, "--publish ':80'"),
+        ({"env": ("my.token=planted",)}, "the name of a secret"),
+        ({"env": ("BASH_ENV",)}, "--env BASH_ENV: give its value"),
         ({"env": ("=x",)}, "--env ''"),
         ({"env": ("a b=x",)}, "--env 'a b'"),
         ({"nproc_per_node": "0"}, "--nproc-per-node '0'"),
@@ -230,6 +246,65 @@ def test_a_wrong_variable_does_not_show_its_value() -> None:
     with pytest.raises(LauncherError) as caught:
         plan(env=("MY-TOKEN!=planted",))
     assert "planted" not in str(caught.value)
+
+
+def test_the_socket_that_is_used_is_refused_wherever_it_is() -> None:
+    for host in (
+        replace(HOST, engine_url="unix:///srv/engine/d.sock"),
+        replace(HOST, environment={"DOCKER_HOST": "unix:///srv/engine/d.sock"}),
+    ):
+        for source in ("/srv", "/srv/engine", "/srv/engine/d.sock"):
+            with pytest.raises(LauncherError, match=f"mount source {source} .*engine's socket"):
+                plan(host, mount=(f"{source}:/x",))
+        # A name that only begins like the folder's is another folder.
+        assert plan(host, mount=("/srv/eng:/x",)).mounts[-1].source == "/srv/eng"
+
+
+def test_a_socket_below_the_config_folder_says_how_to_go_on() -> None:
+    host = replace(HOST, engine_url="unix:///home/me/.config/colima/docker.sock")
+    with pytest.raises(LauncherError, match="--config-mount none leaves it out"):
+        plan(host)
+    assert plan(host, config_mount="none")
+
+
+def test_a_port_is_published_on_this_machine_alone() -> None:
+    made = plan(network="bridge", publish=("8080:80", "9000", "9000"))
+    assert made.ports == (Port(host=8080, container=80), Port(host=9000, container=9000))
+    sent = render.to_engine(made, "owner")
+    assert sent["ExposedPorts"] == {"80/tcp": {}, "9000/tcp": {}}
+    assert sent["HostConfig"]["PortBindings"] == {
+        "80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}],
+        "9000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "9000"}],
+    }
+    line = render.to_shell(made)
+    assert "--publish 127.0.0.1:8080:80 --publish 127.0.0.1:9000:9000" in line
+
+
+def test_a_read_only_root_leaves_two_places_in_memory_to_write_to() -> None:
+    made = plan(read_only=True)
+    host = render.to_engine(made, "owner")["HostConfig"]
+    assert host["ReadonlyRootfs"] is True
+    assert host["Tmpfs"] == {
+        "/tmp": "rw,exec,nosuid,nodev,mode=1777,size=2g",
+        "/root": "rw,exec,nosuid,nodev,mode=1777,size=1g",
+    }
+    line = render.to_shell(made)
+    assert "--read-only --tmpfs /tmp:rw,exec,nosuid,nodev,mode=1777,size=2g --tmpfs /root:" in line
+    assert "ReadonlyRootfs" not in render.to_engine(plan(), "owner")["HostConfig"]
+
+
+def test_a_mount_takes_the_place_of_what_is_in_memory() -> None:
+    made = plan(read_only=True, mount=("/big:/tmp",))
+    assert list(render.to_engine(made, "owner")["HostConfig"]["Tmpfs"]) == ["/root"]
+
+
+def test_podman_keeps_the_callers_ids_in_its_own_line() -> None:
+    made = plan(replace(HOST, engine="podman-rootless", endpoint="unix:///run/user/1000/p.sock"))
+    assert render.to_engine(made, "owner")["HostConfig"]["UsernsMode"] == "keep-id"
+    line = render.to_shell(made)
+    assert line.startswith("podman run ")
+    assert "--user 1000:1001 --userns keep-id" in line
+    assert "UsernsMode" not in render.to_engine(plan(), "owner")["HostConfig"]
 
 
 # Several containers
@@ -274,6 +349,45 @@ def test_what_serves_and_follows_is_no_node_of_torchrun() -> None:
     expected = "datasetworker-1:50051,datasetworker-2:50051"
     assert environment(chief)["TML_DATASETWORKERS"] == expected
     assert all("PET_NNODES" not in environment(other) for other in others)
+
+
+def test_only_the_chief_publishes_ports() -> None:
+    gang = up(workers=1, publish=("6006",))
+    assert [len(member.ports) for member in gang.members] == [1, 0]
+
+
+def test_the_members_find_each_other_by_name() -> None:
+    chief, worker = up(workers=1).members
+    sent = render.to_engine(worker, "owner")
+    assert sent["Hostname"] == "1-worker"
+    endpoints = sent["NetworkingConfig"]["EndpointsConfig"]
+    assert endpoints == {"tml-twhin-1234": {"Aliases": ["worker-1"]}}
+    assert "--network tml-twhin-1234 --hostname 0-chief --network-alias chief" in render.to_shell(
+        chief
+    )
+    assert not {"Hostname", "NetworkingConfig"} & set(render.to_engine(plan(), "owner"))
+
+
+def test_the_lines_of_a_gang_make_start_wait_and_remove() -> None:
+    lines = [shlex.split(line) for line in render.gang_to_shell(up(datasetworkers=1)).splitlines()]
+    names = [f"tml-twhin-1234-{member}" for member in ("chief", "worker-1", "datasetworker-1")]
+    assert lines[0][:3] == ["docker", "network", "create"]
+    assert [line[line.index("--name") + 1] for line in lines[1:4]] == names
+    assert all(line[:3] == ["docker", "run", "-d"] for line in lines[1:4])
+    # What serves does not end by itself.
+    assert lines[4:] == [
+        ["docker", "logs", "-f", names[0]],
+        ["docker", "wait", *names[:2]],
+        ["docker", "rm", "--force", "--volumes", *names],
+        ["docker", "network", "rm", "tml-twhin-1234"],
+    ]
+
+
+def test_a_gang_as_json_hides_secrets() -> None:
+    data = json.loads(json.dumps(render.gang_to_json(up(env=("TOKEN",)))))
+    assert [member["role"] for member in data["members"]] == ["chief", "worker"]
+    assert {"name": "TOKEN", "value": None, "secret": True} in data["members"][1]["env"]
+    assert "planted" not in render.gang_to_shell(up(env=("TOKEN",)))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tml.docker.errors import LauncherError, NoEngineError
-from tml.docker.users import EngineKind, engine_kind
+from tml.docker.users import EngineInfo
 from tml.machines import environment
 
 if TYPE_CHECKING:
@@ -177,6 +177,16 @@ def _import_docker() -> Any:
     return docker
 
 
-def kind_of(client: "APIClient") -> EngineKind:
-    """rootful, rootless or remapped."""
-    return engine_kind(client.info().get("SecurityOptions") or [])
+def describe(client: "APIClient", endpoint: Endpoint) -> EngineInfo:
+    """What the engine says of itself."""
+    info, version = client.info(), client.version()
+    us = os.uname()
+    return EngineInfo(
+        url=endpoint.url,
+        here=(info.get("Name"), info.get("KernelVersion")) == (us.nodename, us.release),
+        operating_system=info.get("OperatingSystem") or "",
+        platform=(version.get("Platform") or {}).get("Name") or "",
+        components=tuple(part["Name"] for part in version.get("Components") or []),
+        security_options=tuple(info.get("SecurityOptions") or []),
+        num_processors=info.get("NCPU") or 1,
+    )

@@ -17,7 +17,7 @@ from tml.docker.checkout import find_project
 from tml.docker.errors import LauncherError, NoEngineError
 from tml.docker.plan import Host, Plan, Request, Variant
 from tml.docker.terminal import is_terminal
-from tml.docker.users import EngineKind
+from tml.docker.users import EngineInfo, engine_kind
 from tml.machines import environment
 
 if TYPE_CHECKING:
@@ -118,15 +118,16 @@ def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
         detach=getattr(flags, "detach", False),
         nproc_per_node=getattr(flags, "nproc_per_node", None),
         stop_grace_s=flags.stop_grace,
+        publish=tuple(flags.publish),
+        read_only=flags.read_only,
     )
 
 
 def _client_and_host(request: Request) -> tuple["APIClient", Host]:
-    from tml.docker.connection import connect, kind_of
+    from tml.docker.connection import connect, describe
 
     client, endpoint = connect()
-    kind = "rootful" if request.user is not None else kind_of(client)
-    return client, _host(kind, None if endpoint.usual else endpoint.url)
+    return client, _host(describe(client, endpoint), None if endpoint.usual else endpoint.url)
 
 
 def _host_for_show(request: Request) -> Host:
@@ -139,10 +140,11 @@ def _host_for_show(request: Request) -> Host:
         logging.warning(
             "%s; showing what an ordinary engine would be told", str(error).splitlines()[0]
         )
-        return _host("rootful", None)
+        usual = EngineInfo(url="unix://", here=True, num_processors=os.cpu_count() or 1)
+        return _host(usual, None)
 
 
-def _host(kind: EngineKind, endpoint: str | None) -> Host:
+def _host(info: EngineInfo, endpoint: str | None) -> Host:
     checkout, home = environment.tml_base(), environment.home()
     uid = os.getuid()
     return Host(
@@ -154,7 +156,9 @@ def _host(kind: EngineKind, endpoint: str | None) -> Host:
         user=_user_name(),
         environment=os.environ,
         terminal=is_terminal(),
-        engine=kind,
+        engine=engine_kind(info),
+        engine_url=info.url,
+        num_processors=info.num_processors,
         endpoint=endpoint,
         foreign_mounts=any(
             _owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")
@@ -204,10 +208,8 @@ def _prepare_mounts(plan: Plan, host: Host) -> None:
                 f"mount source {mount.source} (for {mount.target}) does not exist: make it, or "
                 "mend the path"
             )
-        if Path(mount.source).resolve().name in ("docker.sock", "podman.sock"):
-            raise LauncherError(
-                f"mount source {mount.source} is the engine's socket; it is not mounted"
-            )
+        # The plan has looked at the path; here, at where it leads.
+        plans.refuse_socket(str(Path(mount.source).resolve()), host, mount.source)
 
 
 def _show(plan: Plan, as_json: bool) -> int:

@@ -49,6 +49,17 @@ LABEL_ROLE, LABEL_INDEX, LABEL_OWNER = "tml.role", "tml.index", "tml.owner"
 RENDEZVOUS_PORT = 29500
 DATASETWORKER_PORT = 50051
 
+HIGHEST_PORT = 65535
+
+SOCKET_NAMES = ("docker.sock", "podman.sock", "containerd.sock")
+SOCKETS = (
+    "/run/docker.sock",
+    "/var/run/docker.sock",
+    "/run/podman/podman.sock",
+    "/run/containerd/containerd.sock",
+)
+"""Who holds one of these is root on this machine."""
+
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -104,6 +115,8 @@ class Host:
     engine: EngineKind = "rootful"
     endpoint: str | None = None
     """Where the engine listens, when `docker` typed without -H would look elsewhere."""
+    engine_url: str | None = None
+    """Where the engine listens, in any case."""
     num_processors: int = 1
     """Of the engine's machine."""
     foreign_mounts: bool = False
@@ -153,6 +166,8 @@ class Plan:
     mounts: tuple[Mount, ...]
     network: str
     user: str
+    user_namespace: str | None = None
+    """None is the engine's own; see users.py."""
     interactive: bool
     """stdin is passed on."""
     tty: bool
@@ -174,6 +189,8 @@ class Plan:
     ports: tuple[Port, ...] = ()
     read_only_root: bool = False
     """The root file system cannot be written to; /tmp and HOME are in memory."""
+    shares_memory: bool = True
+    """Folders in this machine's memory, such as /dev/shm, can be mounted."""
     logs: str | None = None
     """Folder of the host that its output is kept in."""
 
@@ -229,7 +246,9 @@ def plan_up(request: Request, host: Host, project: Project, run_id: str) -> Gang
         if getattr(request, name) < least:
             flag = "--" + name.replace("_", "-")
             raise LauncherError(f"{flag} {getattr(request, name)}: expected {least} or more")
-    single = plan_run(replace(request, detach=True), host, project, run_id)
+    # Whatever was asked for: the job gets a network of its own, where ports can be published.
+    alone = replace(request, detach=True, network="bridge")
+    single = plan_run(alone, host, project, run_id)
     job = single.job
     roles: list[tuple[Role, int]] = [("chief", 0)]
     roles += [("worker", number + 1) for number in range(request.workers)]
@@ -346,6 +365,7 @@ def _plan(
         mounts=_mounts(request, host),
         network=request.network,
         user=user.ids,
+        user_namespace=user.namespace,
         interactive=False,
         tty=False,
         detach=False,
@@ -365,6 +385,10 @@ def _plan(
             LABEL_INDEX: "0",
         },
         endpoint=host.endpoint,
+        ports=_ports(request),
+        read_only_root=request.read_only,
+        # A virtual machine is given folders below home, and no others.
+        shares_memory=host.engine != "desktop",
     )
 
 
@@ -403,7 +427,52 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
         else:
             # As docker does it, also for a name that had a default.
             variables.pop(name, None)
+    for variable in variables.values():
+        if variable.secret:
+            _refuse_unfit_secret(variable.name)
     return tuple(variables.values())
+
+
+def _refuse_unfit_secret(name: str) -> None:
+    # Secrets reach the container through bash, see secrets.py.
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise LauncherError(
+            f"--env {name}: the name of a secret can have letters, digits and '_' only"
+        )
+    if name == environment.BASH_ENV:
+        raise LauncherError(
+            f"--env {name}: give its value, {name}=VALUE; by name alone it would be a secret, and "
+            "secrets travel through it"
+        )
+
+
+def _ports(request: Request) -> tuple[Port, ...]:
+    if request.publish and request.network in ("host", "none"):
+        why = {
+            "host": "a container on the host's network has the host's ports: leave --publish out",
+            "none": "nothing reaches a container without a network: leave --publish out",
+        }[request.network]
+        raise LauncherError(
+            f"--publish {request.publish[0]} with --network {request.network}: {why}, or add "
+            "--network bridge"
+        )
+    ports = [parse_port(text) for text in request.publish]
+    # The engine refuses a port of the host that is given twice; the same pair twice says nothing.
+    return tuple(dict.fromkeys(ports))
+
+
+def parse_port(text: str) -> Port:
+    """A port from PORT or HOST_PORT:CONTAINER_PORT."""
+    parts = text.split(":")
+    if len(parts) > 2 or not all(re.fullmatch(r"\d{1,5}", part) for part in parts):
+        raise LauncherError(
+            f"--publish {text!r}: expected PORT or PORT:PORT, such as 8080:80; it is always "
+            "published at 127.0.0.1"
+        )
+    host, container = int(parts[0]), int(parts[-1])
+    if not (1 <= host <= HIGHEST_PORT and 1 <= container <= HIGHEST_PORT):
+        raise LauncherError(f"--publish {text!r}: a port is 1 to {HIGHEST_PORT}")
+    return Port(host=host, container=container)
 
 
 def _mounts(request: Request, host: Host) -> tuple[Mount, ...]:
@@ -415,6 +484,8 @@ def _mounts(request: Request, host: Host) -> tuple[Mount, ...]:
     if request.data is not None:
         mounts.append(Mount(source=_absolute(request.data, host), target=DATA, read_only=True))
     mounts += [parse_mount(text, host) for text in request.mount]
+    for mount in mounts:
+        refuse_socket(mount.source, host)
     # One mount per target: a later one, which the caller typed, takes the place of a default.
     return tuple({mount.target: mount for mount in mounts}.values())
 
@@ -437,12 +508,27 @@ def parse_mount(text: str, host: Host) -> Mount:
     source, target = _absolute(parts[0], host), parts[1].rstrip("/") or "/"
     if target == "/":
         raise LauncherError(f"--mount {text!r}: DST cannot be the container's root")
-    if Path(source).name in ("docker.sock", "podman.sock"):
-        raise LauncherError(
-            f"--mount {text!r}: who holds the engine's socket is root on this machine; it is not "
-            "mounted"
-        )
     return Mount(source=source, target=target, read_only=mode == "ro")
+
+
+def refuse_socket(source: str, host: Host, shown: str | None = None) -> None:
+    """An error where `source`, which the caller knows as `shown`, is an engine's socket or a folder
+    that has one.
+    """
+    shown = shown or source
+    urls = (host.engine_url, host.endpoint, host.environment.get(environment.DOCKER_HOST))
+    sockets = [*SOCKETS, *(url.removeprefix("unix://") for url in urls if url)]
+    why = "who holds that is root on this machine"
+    if source in sockets or Path(source).name in SOCKET_NAMES:
+        raise LauncherError(f"mount source {shown} is the engine's socket; {why}: leave it out")
+    instead = "mount the folders that you need, one by one"
+    if shown == str(host.home / ".config"):
+        instead = "--config-mount none leaves it out"
+    for socket in sockets:
+        if f"{socket}/".startswith(f"{source.rstrip('/')}/"):
+            raise LauncherError(
+                f"mount source {shown} has the engine's socket {socket} in it; {why}: {instead}"
+            )
 
 
 def _absolute(source: str, host: Host) -> str:

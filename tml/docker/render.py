@@ -48,6 +48,8 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
         host_config["DeviceRequests"] = [device]
     if plan.read_only_root:
         host_config |= {"ReadonlyRootfs": True, "Tmpfs": _tmpfs(plan)}
+    if plan.user_namespace is not None:
+        host_config["UsernsMode"] = plan.user_namespace
     if plan.ports:
         host_config["PortBindings"] = _port_bindings(plan)
     attached = not plan.detach
@@ -90,6 +92,7 @@ def to_argv(plan: Plan, *, remove: bool = True) -> list[str]:
     for mount in plan.mounts:
         argv += ["--mount", _mount_option(mount)]
     argv += ["-w", plan.workdir, "--user", plan.user]
+    argv += ["--userns", plan.user_namespace] if plan.user_namespace is not None else []
     for variable in plan.env:
         argv += ["-e", variable.name if variable.secret else f"{variable.name}={variable.value}"]
     argv += ["--network", plan.network]
@@ -168,6 +171,9 @@ def secret_names(plan: Plan) -> Sequence[str]:
 
 
 def _docker(plan: Plan) -> list[str]:
+    if plan.user_namespace is not None:
+        # docker's own --userns knows "host" and nothing else.
+        return ["podman"]
     return ["docker", *(["-H", plan.endpoint] if plan.endpoint else [])]
 
 
