@@ -25,7 +25,7 @@ LAYERS = (
         "data",
     ),
     ("embeddings", "checkpoint"),
-    ("evaluate", "train", "torchrun", "run_folder"),
+    ("evaluate", "train", "rendezvous", "torchrun", "run_folder"),
     ("program",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

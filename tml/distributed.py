@@ -4,7 +4,6 @@
 functions below then return what they were given.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tml.machines import environment
+from tml.machines import container, environment
+
+ORPHANED = 3
+"""Exit code of a process that stopped because another one, which has said why, is gone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def join(timeout_s: float) -> Iterator[Job]:
     else:
         device = torch.device("cpu")
         # torchrun gives several processes one thread each, however many processors there are.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(container.threads_of_process(local_world_size))
     job = Job(environment.rank(), environment.world_size(), local_world_size, device)
     if job.world_size == 1:
         yield job

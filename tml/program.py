@@ -2,6 +2,8 @@
 
 import errno
 import signal
+import sys
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +13,36 @@ from rich.console import Console
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError
 from tml.data.parquet import DataError
+from tml.distributed import ORPHANED
+from tml.machines import environment
 from tml.train import DivergedError
 
-ORPHANED = 3
-"""Exit code of a process that stopped because another one, which has said why, is gone."""
+__all__ = ["ORPHANED", "add_overrides", "exit_code", "fail"]
+
+ORPHANED_WAIT_S = 2.0
+"""Between nodes: who failed first shall be seen to end first."""
+_LOST_PEER = (
+    # gloo
+    "closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Connection refused",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    # NCCL
+    "ncclRemoteError",
+    "remote process exited",
+    # the store of the job, which is the chief's
+    "Failed to recv, got 0 bytes",
+    "failed to recv",
+)
+"""What torch says, in errors of several classes, when another process of the job has gone."""
 
 
 def exit_code(run: Callable[[], int | None], where: Path | str | None = None) -> int:
     """Call `run`, which returns None or the number of the signal that stopped it; returns 0, 2 for
-    what the caller can mend (said in one line on stderr), 128 + n when signal n stopped it.
+    what the caller can mend (said in one line on stderr), 128 + n when signal n stopped it,
+    ORPHANED when another process of the job has gone.
 
     where: named when the system's error names no file.
     """
@@ -35,10 +58,21 @@ def exit_code(run: Callable[[], int | None], where: Path | str | None = None) ->
     except KeyboardInterrupt:  # before or after what ends cleanly by itself
         return 128 + signal.SIGINT
     except RuntimeError as error:
-        if "closed by peer" not in str(error) and "Connection reset" not in str(error):
+        if environment.world_size() == 1 or not any(said in str(error) for said in _LOST_PEER):
             raise
-        return ORPHANED
+        return _orphaned()
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _orphaned() -> int:
+    print(
+        f"process {environment.rank()} lost the connection to another process of the job; "
+        "what failed is said there",
+        file=sys.stderr,
+    )
+    if environment.num_nodes() > 1:
+        time.sleep(ORPHANED_WAIT_S)
+    return ORPHANED
 
 
 def add_overrides(parser: ArgumentParser, what: str = "change one setting") -> None:

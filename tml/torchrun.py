@@ -1,10 +1,16 @@
-"""torchrun with a quiet end: the same program and flags, `python -m tml.torchrun … script.py …`.
+"""torchrun as a job here needs it: `python -m tml.torchrun [FLAGS of torchrun] script.py …`.
 
-torchrun reports a failed process with a traceback of its own, thirty lines behind the one that says
-what is wrong, and always exits with 1. Here the processes speak for themselves and the exit status
-is that of the first to fail: its own, or 128 + n when signal n ended it or stopped the job.
+- Without a word on nodes it is one node that meets nobody, of PET_NPROC_PER_NODE processes (1).
+- Several nodes that PET_RDZV_CONF tells which of them keeps the store (is_host) meet by
+  tml/rendezvous.py; under Compose their number is 1 + TML_WORKERS.
+- The threads of a process are its share of the processors here.
+- Its end is quiet. torchrun reports a failed process with a traceback of its own, thirty lines
+  behind the one that says what is wrong, and always exits with 1. Here the processes speak for
+  themselves and the exit status is that of the first to fail, on whichever node: its own, or
+  128 + n when signal n ended it or stopped the job.
 """
 
+import argparse
 import logging
 import signal
 import sys
@@ -13,6 +19,15 @@ from collections.abc import Sequence
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+from tml.distributed import ORPHANED
+from tml.machines import container, environment
+from tml.rendezvous import Nodes, NodesError
+
+SHUTDOWN_TIMEOUT_S = 40
+"""torchrun's own 30 s from SIGTERM to SIGKILL would cut the launcher's grace of 45 s short."""
+PORT = 29500
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,17 +35,100 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What they would say of a failure or a signal, the lines below and the processes themselves do.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        run.run(run.parse_args(list(sys.argv[1:] if argv is None else argv)))
+        _set_num_nodes()
+        arguments = run.parse_args(list(sys.argv[1:] if argv is None else argv))
+        _set_defaults(arguments)
+        nodes = _prepare_nodes(arguments)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    try:
+        run.run(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return int(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {rank} was ended by {name}", file=sys.stderr)
-        return 128 - int(failure.exitcode)
+        code = _exit_code(error)
+        return code if nodes is None else nodes.settle(code)
+    except NodesError as error:
+        return _fail(str(error), error.exit_code)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _set_num_nodes() -> None:
+    """Compose has no arithmetic: there the number of workers is what is given."""
+    workers = environment.compose_workers()
+    if workers is not None:
+        environment.set_default(environment.PET_NNODES, str(1 + workers))
+
+
+def _set_defaults(arguments: argparse.Namespace) -> None:
+    processes = run.determine_local_world_size(arguments.nproc_per_node)
+    threads = container.threads_of_process(processes)
+    environment.set_default(environment.OMP_NUM_THREADS, str(threads))
+    # Threads that wait busily slow each other down by ten times where the processors are shared.
+    environment.set_default(environment.OMP_WAIT_POLICY, "PASSIVE")
+    environment.set_default(environment.TORCH_ELASTIC_SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT_S))
+
+
+def _prepare_nodes(arguments: argparse.Namespace) -> Nodes | None:
+    """Choose how the nodes meet; None where there is one, or torchrun's own way was asked for."""
+    if arguments.nnodes in ("1", "1:1"):
+        arguments.standalone, arguments.nnodes = True, "1"
+        return None
+    settings = dict(
+        setting.partition("=")[::2] for setting in arguments.rdzv_conf.split(",") if setting
+    )
+    is_host = settings.get("is_host")
+    if arguments.rdzv_backend != "c10d" or is_host is None or not arguments.nnodes.isdigit():
+        return None
+    host, _, port = arguments.rdzv_endpoint.partition(":")
+    durations = {
+        name: _seconds(settings[key], f"{environment.PET_RDZV_CONF} {key}")
+        for name, key in (("join_timeout_s", "join_timeout"), ("lost_after_s", "lost_after"))
+        if key in settings
+    }
+    workers = environment.compose_workers()
+    nodes = Nodes(
+        is_chief=is_host.lower() in ("true", "1", "yes"),
+        host=host,
+        port=int(port or PORT),
+        num_nodes=int(arguments.nnodes),
+        run_id=arguments.rdzv_id,
+        advice="" if workers is None else _COMPOSE_ADVICE,
+        **durations,
+    )
+    arguments.rdzv_backend = nodes.get_backend()
+    rendezvous_handler_registry.register(nodes.get_backend(), lambda _: nodes)
+    return nodes
+
+
+_COMPOSE_ADVICE = (
+    f"; {environment.TML_WORKERS} says how many there should be: "
+    "python -m tml.docker compose-env --workers N sets it, in place of docker compose's --scale"
+)
+
+
+def _seconds(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: expected a number of seconds") from None
+
+
+def _exit_code(error: ChildFailedError) -> int:
+    """Of the first process to fail, less those that failed because another had."""
+    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+    own = [item for item in failures if item[1].exitcode != ORPHANED]
+    rank, failure = (own or failures)[0]
+    if failure.exitcode >= 0:
+        return int(failure.exitcode)
+    name = signal.Signals(-failure.exitcode).name
+    print(f"error: process {rank} was ended by {name}", file=sys.stderr)
+    return 128 - int(failure.exitcode)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

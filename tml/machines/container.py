@@ -1,7 +1,10 @@
-"""Inside a container: which folders outlive it."""
+"""Inside a container: which folders outlive it, and how many processors are its own."""
 
+import math
 import os
 from pathlib import Path
+
+from tml.machines import environment
 
 CHECKOUT = Path("/usr/src/app/tml")
 """Where the launcher mounts the checkout: a machine with that mount is a container of ours."""
@@ -23,3 +26,20 @@ def advice(flag: str, path: Path) -> str:
         f"{flag} {path} lies inside the container and would be lost with it; use a folder below "
         "/root/tmp, which is ~/tmp outside, or mount one with the launcher's --mount"
     )
+
+
+def threads_of_process(num_processes: int) -> int:
+    """Threads for one of `num_processes` here, so that all of the job on this machine together have
+    a processor each: of those that the containers share, and no more than this one may use.
+    """
+    shared = len(os.sched_getaffinity(0)) / environment.machine_share()
+    return max(1, math.floor(min(shared, _processor_limit()) / num_processes))
+
+
+def _processor_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Processors that `docker run --cpus` allows; infinite where nothing is said."""
+    try:
+        quota, period = file.read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf

@@ -32,6 +32,8 @@ TML_WORKERS = "TML_WORKERS"
 """Under Compose: the number of worker containers that there should be."""
 TML_DATASETWORKERS = "TML_DATASETWORKERS"
 """Addresses host:port of the data set workers, with commas between; unset: data are read here."""
+OMP_NUM_THREADS, OMP_WAIT_POLICY = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
 WORLD_SIZE, LOCAL_WORLD_SIZE = "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
@@ -41,6 +43,8 @@ PYTHONPATH, HOME, USER, LOGNAME = "PYTHONPATH", "HOME", "USER", "LOGNAME"
 TORCHINDUCTOR_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 DOCKER_HOST, DOCKER_CONTEXT, DOCKER_CONFIG = "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG"
 XDG_RUNTIME_DIR, XDG_STATE_HOME = "XDG_RUNTIME_DIR", "XDG_STATE_HOME"
+NO_COLOR = "NO_COLOR"
+"""Anything: no colours, as many programs have it."""
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
 """Taken over into image builds, in capitals or small; the engine keeps these out of an image's
 history.
@@ -90,6 +94,28 @@ def world_size() -> int:
 def local_world_size() -> int:
     """Number of processes on this machine or container; 1 outside torchrun."""
     return _integer(LOCAL_WORLD_SIZE, 1)
+
+
+def machine_share() -> int:
+    """Containers of this job that share the processors of this machine; 1 where nothing says."""
+    return max(1, _integer(TML_MACHINE_SHARE, 1))
+
+
+def compose_workers() -> int | None:
+    """Under Compose: the number of worker containers that there should be."""
+    return _integer(TML_WORKERS, 0) if os.environ.get(TML_WORKERS) else None
+
+
+def num_nodes() -> int:
+    """Containers that train together, as torchrun was told; 1 where it was told nothing."""
+    text = os.environ.get(PET_NNODES, "").rpartition(":")[2]
+    return max(1, int(text)) if text.isdigit() else 1
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for this process and those it starts, where it has no value yet."""
+    if not os.environ.get(name):
+        os.environ[name] = value
 
 
 def has_master_address() -> bool:

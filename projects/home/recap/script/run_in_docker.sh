@@ -6,6 +6,7 @@
 #   run_in_docker.sh create_random_data|run_local [FLAGS]        those scripts
 #   run_in_docker.sh generate_random_data|prepare|evaluate|predict|export [FLAGS]      that program
 #
+# SPEC_TYPE says the role: chief and worker train, under torchrun; datasetworker and evaluator are one process.
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd -P)
 recap="$base/projects/home/recap"
@@ -25,22 +26,24 @@ case "${1:-}" in
     exec python "$recap/data/generate_random_data.py" "$@"
     ;;
 esac
+role=${SPEC_TYPE:-chief}
 if (($# == 0)); then
   set -- --repeat
   data="$HOME/tmp/recap_local_random_data"
-  if ! compgen -G "$data/*.gz" >/dev/null; then
-    python "$recap/data/generate_random_data.py" --config_path "$recap/config/local_prod.yaml" || exit
-  fi
+  # The chief makes the data. Workers wait until they can meet it, the others until the data are there.
+  case "$role" in
+    chief)
+      compgen -G "$data/*.gz" >/dev/null ||
+        python "$recap/data/generate_random_data.py" --config_path "$recap/config/local_prod.yaml" || exit
+      ;;
+    datasetworker | evaluator)
+      until compgen -G "$data/*.gz" >/dev/null; do sleep 0.5; done
+      sleep 0.5 # All files get their names in one moment.
+      ;;
+  esac
 fi
-nproc_per_node=${PET_NPROC_PER_NODE:-1}
-if [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]]; then
-  threads=$(($(nproc) / nproc_per_node))
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-fi
-# Threads that wait busily slow each other down by ten times where the processors are shared.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# torchrun's own 30 s from SIGTERM to SIGKILL would cut the launcher's grace of 45 s short.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-40}
-# tml.torchrun is torchrun, less the traceback with which it ends when a process fails.
-exec python -m tml.torchrun --standalone --nnodes 1 --nproc_per_node "$nproc_per_node" \
-  "$recap/main.py" --config_path="$recap/config/local_prod.yaml" "$@"
+launch=(python -m tml.torchrun)
+case "$role" in datasetworker | evaluator) launch=(python) ;; esac
+exec "${launch[@]}" "$recap/main.py" \
+  --config_path="$recap/config/local_prod.yaml" \
+  --save_dir="$HOME/tmp/runs/recap" "$@"
