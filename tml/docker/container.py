@@ -6,11 +6,13 @@ of the engine become `LauncherError`s that say what to do.
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tml.docker import terminal
+from tml.docker import secrets, terminal
 from tml.docker.errors import ENGINE_FAILED, LauncherError
 from tml.docker.owner import this_process
 from tml.docker.plan import Plan
@@ -19,6 +21,9 @@ from tml.docker.render import to_engine
 if TYPE_CHECKING:
     from docker import APIClient
 
+ENGINE_BACK_S = 60.0
+"""So long a job waits for an engine that went away: a restart takes less."""
+
 State = dict[str, Any]
 """The engine's own: ExitCode, OOMKilled, Running, StartedAt, FinishedAt, Error …"""
 
@@ -26,39 +31,60 @@ State = dict[str, Any]
 class Container:
     """A container that exists until `remove`."""
 
-    def __init__(self, client: "APIClient", plan: Plan, identifier: str) -> None:
+    def __init__(
+        self,
+        client: "APIClient",
+        plan: Plan,
+        identifier: str,
+        secrets_file: Path | None = None,
+    ) -> None:
         self.client, self.plan, self.id = client, plan, identifier
+        self.secrets_file = secrets_file
 
     @classmethod
     def create(cls, client: "APIClient", plan: Plan) -> "Container":
         """Create it, not started."""
-        config = to_engine(plan, this_process())
-        if plan.tty:
-            # Right from the first line; a resize can only follow once it runs.
-            config["HostConfig"]["ConsoleSize"] = list(terminal.window_size())
-        created = client.create_container_from_config(config, name=plan.name)
-        return cls(client, plan, str(created["Id"]))
+        secrets_file = secrets.stage(plan)
+        try:
+            config = to_engine(plan, this_process(), secrets_file)
+            if plan.tty:
+                # Right from the first line; a resize can only follow once it runs.
+                config["HostConfig"]["ConsoleSize"] = list(terminal.window_size())
+            created = client.create_container_from_config(config, name=plan.name)
+        except BaseException:
+            secrets.discard(secrets_file)
+            raise
+        return cls(client, plan, str(created["Id"]), secrets_file)
 
     def start(self) -> None:
         """Start it."""
         self.client.start(self.id)
+        # It has them now: the mount keeps the file.
+        secrets.discard(self.secrets_file)
 
-    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
+    def when_ended(self, call: Callable[[Exception | None], None], started: bool = False) -> None:
         """Have a thread call `call` once at the container's next exit, with None, or with the error
         that lost sight of it. Returns when the engine has taken note, so that no exit is missed.
+
+        `started`: it runs, or did: an exit that has been counts too.
         """
         registered = threading.Event()
-        in_thread(self._wait, registered, call)
+        in_thread(self._wait, "not-running" if started else "next-exit", registered, call)
         # The engine answers with headers once it waits; some compatible engines only when the wait
         # is over.
         registered.wait(2.0)
 
-    def _wait(self, registered: threading.Event, call: Callable[[Exception | None], None]) -> None:
+    def _wait(
+        self,
+        condition: str,
+        registered: threading.Event,
+        call: Callable[[Exception | None], None],
+    ) -> None:
         try:
             version = f"{self.client.base_url}/v{self.client.api_version}"
             url = f"{version}/containers/{self.id}/wait"
             response = self.client.post(
-                url, params={"condition": "next-exit"}, stream=True, timeout=None
+                url, params={"condition": condition}, stream=True, timeout=None
             )
             registered.set()
             response.raise_for_status()
@@ -107,19 +133,114 @@ class Container:
         state: State = self.client.inspect_container(self.id)["State"]
         return state
 
+    def look(self) -> tuple[State, bool] | None:
+        """Its state, and whether it is on its network; None where it has been removed."""
+        from docker.errors import APIError
+
+        try:
+            found = self.client.inspect_container(self.id)
+        except APIError as error:
+            if error.status_code == 404:
+                return None
+            raise
+        return found["State"], self.plan.network in found["NetworkSettings"]["Networks"]
+
+    def memory_in_use(self) -> int | None:
+        """Bytes that it uses now, as `docker stats` counts them; None where unknown."""
+        from docker.errors import APIError
+
+        try:
+            found = self.client.stats(self.id, stream=False, one_shot=True)["memory_stats"]
+        except (APIError, OSError, KeyError):
+            return None
+        if "usage" not in found:
+            return None
+        # What files it has read lately is no need of its own.
+        stats = found.get("stats", {})
+        cached = stats.get("inactive_file", stats.get("total_inactive_file", 0))
+        return int(found["usage"]) - int(cached)
+
+    def last_lines(self, count: int) -> tuple[str, ...]:
+        """The last of its output, as the engine has kept it; nothing where it keeps none."""
+        from docker.errors import APIError
+
+        try:
+            text = self.client.logs(self.id, tail=count)
+        except (APIError, OSError):
+            return ()
+        return tuple(text.decode(errors="replace").splitlines())
+
     def remove(self) -> None:
         """Remove it, running or not, with its anonymous volumes. Silent where it has gone
         already.
         """
         from docker.errors import APIError
 
+        secrets.discard(self.secrets_file)
         try:
-            self.client.remove_container(self.id, v=True, force=True)
+            try:
+                self.client.remove_container(self.id, v=True, force=True)
+            except APIError:
+                raise
+            except OSError:
+                # The engine goes down, or restarts: it may be back soon.
+                wait_for_engine(self.client)
+                self.client.remove_container(self.id, v=True, force=True)
         except APIError as error:
             if error.status_code not in (404, 409):
                 terminal.say(f"tml: could not remove container {self.id[:12]}: {error.explanation}")
         except OSError as error:
-            terminal.say(f"tml: could not remove container {self.id[:12]}: {error}")
+            terminal.say(
+                f"tml: could not remove container {self.plan.name}: {error}; once the engine is "
+                "back: python -m tml.docker gc"
+            )
+
+
+class MemoryWatch:
+    """The most memory that each container was seen to use. Looks now and then, in a thread that
+    nobody waits for.
+    """
+
+    FIRST_S, EVERY_S = 1.0, 5.0
+
+    def __init__(self, containers: Sequence[Container]) -> None:
+        self.containers = containers
+        self.peaks: dict[str, int] = {}
+        self._over = threading.Event()
+        in_thread(self._look)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+    def _look(self) -> None:
+        wait_s = self.FIRST_S
+        while not self._over.wait(wait_s):
+            wait_s = self.EVERY_S
+            for container in self.containers:
+                used = container.memory_in_use()
+                if used is not None:
+                    self.peaks[container.id] = max(used, self.peaks.get(container.id, 0))
+
+
+def wait_for_engine(client: "APIClient", given_up: Callable[[], bool] = lambda: False) -> bool:
+    """Whether the engine answers, at once or within ENGINE_BACK_S."""
+    deadline = time.monotonic() + ENGINE_BACK_S
+    while not engine_answers(client):
+        if given_up() or time.monotonic() >= deadline:
+            return False
+        time.sleep(0.25)
+    return True
+
+
+def engine_answers(client: "APIClient") -> bool:
+    """Whether the engine is there now."""
+    from docker.errors import DockerException
+
+    try:
+        return bool(client.ping())
+    except (DockerException, OSError):
+        return False
 
 
 def in_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -150,6 +271,22 @@ def explain(plan: Plan, error: Any) -> LauncherError:
         return LauncherError(
             f"a container named {plan.name} exists already: choose another --name, or "
             f"docker rm -f {plan.name}"
+        )
+    if error.status_code == 409 and "network with name" in text:
+        return LauncherError(
+            f"a network named {plan.network} exists already: choose another --name, or "
+            f"docker network rm {plan.network}"
+        )
+    if "address pool" in text:
+        return LauncherError(
+            f"the engine has no addresses left for another network ({said}): python -m tml.docker "
+            "gc, then docker network prune"
+        )
+    if "port is already allocated" in text or "address already in use" in text:
+        ports = ", ".join(str(port.host) for port in plan.ports)
+        return LauncherError(
+            f"--publish: port {ports} of this machine is taken ({said}): choose another, as in "
+            "--publish PORT:PORT, or end what listens there"
         )
     if "could not select device driver" in text:
         return LauncherError(

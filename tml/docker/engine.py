@@ -10,55 +10,76 @@ import queue
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
-from tml.docker import terminal
-from tml.docker.container import Container, explained, in_thread
+from tml.docker import records, signals, terminal
+from tml.docker.container import (
+    ENGINE_BACK_S,
+    Container,
+    MemoryWatch,
+    engine_answers,
+    explained,
+    in_thread,
+    wait_for_engine,
+)
 from tml.docker.errors import LauncherError
 from tml.docker.plan import Plan
+from tml.docker.postmortem import LINES_WANTED, Ended, PostMortem, explain_failure
 
 if TYPE_CHECKING:
     import threading
 
     from docker import APIClient
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-
-def start_detached(client: "APIClient", plan: Plan) -> str:
-    """Start the container and leave it running; the engine removes it when it ends. Returns its
-    name.
-    """
-    with explained(plan):
-        container = Container.create(client, plan)
-        try:
-            container.start()
-        except BaseException:
-            container.remove()
-            raise
-    return plan.name
-
-
-def run_attached(client: "APIClient", plan: Plan, *, pass_interrupt: bool = False) -> int:
+def run_attached(
+    client: "APIClient", plan: Plan, *, note: str | None = None, pass_interrupt: bool = False
+) -> int:
     """Run the container to its end and remove it; returns the exit status that the launcher should
     have.
 
-    `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a shell there
-    expects.
+    `note`: address of the engine, for a job that is noted down, and of whose failure people are
+    told the cause. `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a
+    shell there expects.
     """
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     with ExitStack() as stack:
         # First of all, so that a signal at any later moment is an event and not an exception
         # half-way.
-        stack.enter_context(_signals_as(events, resize=plan.tty))
+        stack.enter_context(
+            signals.as_calls(
+                lambda number: events.put(_Event("stop", signal=number)),
+                (lambda: events.put(_Event("resize"))) if plan.tty else None,
+            )
+        )
         with explained(plan):
             container = Container.create(client, plan)
-            # Pushed before anything can fail: whatever happens below, the container goes.
-            stack.callback(container.remove)
-            return _Run(container, events, pass_interrupt).follow(stack)
+        run = _Run(container, events, pass_interrupt)
+        # Pushed before anything can fail: whatever happens below, the container goes.
+        stack.callback(run.remove)
+        if note is None:
+            with explained(plan):
+                return run.follow(stack)
+        code = _noted(run, stack, note)
+    if run.why is not None:
+        terminal.say("\n".join(f"tml: {line}" for line in run.why.text.splitlines()))
+    return code
+
+
+def _noted(run: "_Run", stack: ExitStack, endpoint: str) -> int:
+    """Follow a run, and write its record."""
+    run.explains = True
+    record = records.begin("run", [run.plan], endpoint, None)
+    try:
+        with explained(run.plan):
+            code = run.follow(stack)
+    except LauncherError as error:
+        records.end(record, error.exit_code, str(error).splitlines()[0])
+        raise
+    records.end(record, code, run.why.cause if run.why else None)
+    return code
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,10 @@ class _Run:
     ) -> None:
         self.container, self.plan, self.events = container, container.plan, events
         self.pass_interrupt = pass_interrupt
+        self.explains = False
+        """Whether to find out why it failed; `why` has it then."""
+        self.why: PostMortem | None = None
+        self.engine_gone = False
         self.stop_signal = 0
         self.kill_at: float | None = None
 
@@ -94,6 +119,8 @@ class _Run:
                 return 128 + event.signal
             self.events.put(event)
         self.container.start()
+        memory = MemoryWatch([self.container])
+        stack.callback(memory.end)
         in_thread(self._pump_output, connection)
         if self.plan.tty:
             stack.enter_context(terminal.raw_mode())
@@ -105,7 +132,12 @@ class _Run:
             # restored.
             stack.callback(_end_reader, reader, stop_write)
         self._until_ended()
-        return self._exit_code()
+        return self._exit_code(memory)
+
+    def remove(self) -> None:
+        """Remove the container; nothing where there is no engine that could."""
+        if not self.engine_gone:
+            self.container.remove()
 
     def _ended(self, error: Exception | None) -> None:
         self.events.put(_Event("exited") if error is None else _Event("lost", error=error))
@@ -155,7 +187,7 @@ class _Run:
             elif event.kind == "resize":
                 self.container.resize()
             elif event.kind == "lost":
-                raise LauncherError(f"lost the engine while {self.plan.name} ran: {event.error}")
+                self._engine_lost(event.error)
             elif exited:
                 return  # It is over; only our own output is blocked, and somebody is impatient.
             else:
@@ -178,43 +210,51 @@ class _Run:
             self.kill_at = None
             self.container.kill("SIGKILL")
 
-    def _exit_code(self) -> int:
-        state = self.container.state()
-        if state.get("OOMKilled"):
-            limit = (
-                f"--memory {self.plan.memory_bytes >> 20}m"
-                if self.plan.memory_bytes
-                else "this machine's memory"
-            )
+    def _engine_lost(self, error: Exception | None) -> NoReturn:
+        """The streams are cut, so the run is over, whatever became of the container. It is removed
+        once the engine is back.
+        """
+        client, name = self.container.client, self.plan.name
+        if not engine_answers(client):
             terminal.say(
-                f"tml: {self.plan.name} ran out of memory ({limit}) and a process of it was killed"
+                f"tml: lost the Docker Engine while {name} ran ({error}); waiting up to "
+                f"{ENGINE_BACK_S:.0f} s for it, to remove {name}"
             )
-        return 128 + self.stop_signal if self.stop_signal else int(state["ExitCode"])
+        if not wait_for_engine(client, given_up=self._told_to_stop):
+            self.engine_gone = True
+            raise LauncherError(
+                f"the Docker Engine went away while {name} ran, and did not come back: {name} may "
+                "be left. Once it is back: python -m tml.docker gc"
+            )
+        raise LauncherError(
+            f"the Docker Engine was stopped, or cut off, while {name} ran. Start the same command "
+            "again: training goes on from its last complete checkpoint"
+        )
+
+    def _told_to_stop(self) -> bool:
+        return not self.events.empty() and self.events.get().kind == "stop"
+
+    def _exit_code(self, memory: MemoryWatch) -> int:
+        state = self.container.state()
+        code = int(state["ExitCode"])
+        if self.stop_signal:
+            return 128 + self.stop_signal
+        if code and self.explains:
+            ended = Ended(
+                plan=self.plan,
+                exit_code=code,
+                stopped_by_us=False,
+                oom_killed=bool(state.get("OOMKilled")),
+                memory_peak=memory.peaks.get(self.container.id),
+                last_lines=self.container.last_lines(LINES_WANTED),
+                error=str(state.get("Error") or ""),
+                cut_off=False,
+                first=True,
+            )
+            self.why = explain_failure([ended], None)
+        return code
 
 
 def _end_reader(reader: "threading.Thread", stop_write: int) -> None:
     os.close(stop_write)  # The other end becomes readable, where the reader has not ended yet.
     reader.join(1.0)
-
-
-@contextmanager
-def _signals_as(events: "queue.SimpleQueue[_Event]", resize: bool) -> Iterator[None]:
-    def stop(number: int, _: object) -> None:
-        events.put(_Event("stop", signal=number))
-
-    handlers: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, stop)
-    if resize:
-        handlers[signal.SIGWINCH] = lambda *_: events.put(_Event("resize"))
-    # A signal that was ignored stays ignored: nohup means it.
-    before = {
-        n: signal.getsignal(n)
-        for n in handlers
-        if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGWINCH
-    }
-    for number in before:
-        signal.signal(number, handlers[number])
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tml.docker import plan as plans
 from tml.docker import render, signals
-from tml.docker.checkout import find_project
+from tml.docker.checkout import Project, find_project
 from tml.docker.errors import LauncherError, NoEngineError
-from tml.docker.plan import Host, Plan, Request, Variant
+from tml.docker.plan import Gang, Host, Plan, Request, Variant
 from tml.docker.terminal import is_terminal
 from tml.docker.users import EngineInfo, engine_kind
 from tml.machines import environment
@@ -33,13 +33,34 @@ def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
     request = _request(flags, args)
     if flags.dry_run or flags.json:
         return _show(
-            plans.plan_run(request, _host_for_show(request), project, _run_id()), flags.json
+            plans.plan_run(request, host_for_show(request), project, _run_id()), flags.json
         )
     client, host = _client_and_host(request)
     plan = plans.plan_run(request, host, project, _run_id())
-    _prepare_mounts(plan, host)
+    prepare_mounts(plan, host)
     _ensure_image(client, checkout, _variant(plan), flags.build)
-    return _carry_out(client, plan)
+    if plan.detach:
+        # In the background it is a gang of one.
+        return _detach(plans.gang_of_one(plan, _logs(request, plan, host, project)), host, "run")
+    return _carry_out(client, plan, host, note=True)
+
+
+def up(flags: argparse.Namespace, args: Sequence[str]) -> int:
+    """Train a project in several containers, as one job."""
+    checkout = environment.tml_base()
+    project = find_project(checkout, flags.project)
+    request = _request(flags, args)
+    if flags.dry_run or flags.json:
+        gang = plans.plan_up(request, host_for_show(request), project, _run_id())
+        return _show_gang(gang, flags.json)
+    client, host = _client_and_host(request)
+    gang = plans.plan_up(request, host, project, _run_id())
+    for plan in gang.members:
+        prepare_mounts(plan, host)
+    _ensure_image(client, checkout, _variant(gang.members[0]), flags.build)
+    if gang.detach:
+        return _detach(gang, host, "up")
+    return _carry_out_gang(client, gang, host, timestamps=flags.timestamps)
 
 
 def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -47,25 +68,25 @@ def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
     request = _request(flags, args)
     if flags.dry_run or flags.json:
         return _show(
-            plans.plan_shell(request, _host_for_show(request), _run_id(), flags.dev), flags.json
+            plans.plan_shell(request, host_for_show(request), _run_id(), flags.dev), flags.json
         )
     client, host = _client_and_host(request)
     plan = plans.plan_shell(request, host, _run_id(), flags.dev)
-    _prepare_mounts(plan, host)
+    prepare_mounts(plan, host)
     _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
-    return _carry_out(client, plan, pass_interrupt=True)
+    return _carry_out(client, plan, host, pass_interrupt=True)
 
 
 def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Run the tests that need no engine inside the dev image."""
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(plans.plan_test(request, _host_for_show(request), _run_id()), flags.json)
+        return _show(plans.plan_test(request, host_for_show(request), _run_id()), flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_test(request, host, _run_id())
-    _prepare_mounts(plan, host)
+    prepare_mounts(plan, host)
     _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
-    return _carry_out(client, plan)
+    return _carry_out(client, plan, host)
 
 
 def build(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -104,7 +125,8 @@ def ping(flags: argparse.Namespace, args: Sequence[str]) -> int:
 def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
     return Request(
         args=tuple(args),
-        network=flags.network,
+        # `up` has no such flag: its containers have a network of their own.
+        network=getattr(flags, "network", "host"),
         gpus=flags.gpus,
         shm_size=flags.shm_size,
         memory=flags.memory,
@@ -120,6 +142,10 @@ def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
         stop_grace_s=flags.stop_grace,
         publish=tuple(flags.publish),
         read_only=flags.read_only,
+        workers=getattr(flags, "workers", 1),
+        datasetworkers=getattr(flags, "datasetworkers", 0),
+        evaluator=getattr(flags, "evaluator", False),
+        max_restarts=getattr(flags, "max_restarts", 0),
     )
 
 
@@ -130,7 +156,12 @@ def _client_and_host(request: Request) -> tuple["APIClient", Host]:
     return client, _host(describe(client, endpoint), None if endpoint.usual else endpoint.url)
 
 
-def _host_for_show(request: Request) -> Host:
+def _engine(host: Host) -> str:
+    """Address of the engine, for the record of a job."""
+    return host.engine_url or ""
+
+
+def host_for_show(request: Request) -> Host:
     """The host for a plan that is only shown: where no engine answers, an ordinary rootful one is
     assumed.
     """
@@ -194,7 +225,7 @@ def _own_folders(plan: Plan, host: Host) -> list[Path]:
     return [Path(mount.source) for mount in plan.mounts if mount.source in ours]
 
 
-def _prepare_mounts(plan: Plan, host: Host) -> None:
+def prepare_mounts(plan: Plan, host: Host) -> None:
     for folder in _own_folders(plan, host):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -216,17 +247,30 @@ def _show(plan: Plan, as_json: bool) -> int:
     if as_json:
         print(json.dumps(render.to_json(plan), indent=2))
         return 0
+    _say_what_a_paste_needs(plan)
+    print(render.to_shell(plan))
+    return 0
+
+
+def _show_gang(gang: Gang, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(render.gang_to_json(gang), indent=2))
+        return 0
+    _say_what_a_paste_needs(gang.members[0])
+    print(render.gang_to_shell(gang))
+    return 0
+
+
+def _say_what_a_paste_needs(plan: Plan) -> None:
     for name in render.secret_names(plan):
         if name not in os.environ:
-            logging.warning("%s is not shown: export it before you paste this line", name)
+            logging.warning("%s is not shown: export it before you paste this", name)
     missing = [mount.source for mount in plan.mounts if not Path(mount.source).exists()]
     if missing:
         logging.warning(
-            "run makes these if they are yours to have; before you paste this line: mkdir -p %s",
+            "run and up make these if they are yours to have; before you paste this: mkdir -p %s",
             " ".join(missing),
         )
-    print(render.to_shell(plan))
-    return 0
 
 
 def _ensure_image(
@@ -269,17 +313,41 @@ def _ensure_image(
         logging.info("image %s is current", name)
 
 
-def _carry_out(client: "APIClient", plan: Plan, pass_interrupt: bool = False) -> int:
+def _logs(request: Request, plan: Plan, host: Host, project: Project) -> str:
+    folder = plans.run_folder(request.args, plan.mounts, host.home, project.name)
+    return f"{folder}/logs/{plan.job}"
+
+
+def _carry_out(
+    client: "APIClient",
+    plan: Plan,
+    host: Host,
+    *,
+    note: bool = False,
+    pass_interrupt: bool = False,
+) -> int:
     from tml.docker import engine
 
     signals.end_if_told()
-    if plan.detach:
-        print(engine.start_detached(client, plan))
-        logging.info(
-            "follow it: docker logs -f %s; stop it: docker stop %s; it is removed when it ends",
-            plan.name,
-            plan.name,
-        )
-        return 0
     logging.info("container %s from %s", plan.name, plan.image)
-    return engine.run_attached(client, plan, pass_interrupt=pass_interrupt)
+    return engine.run_attached(
+        client, plan, note=_engine(host) if note else None, pass_interrupt=pass_interrupt
+    )
+
+
+def _carry_out_gang(client: "APIClient", gang: Gang, host: Host, timestamps: bool) -> int:
+    from tml.docker import gang as gangs
+
+    signals.end_if_told()
+    members = ", ".join(member.member for member in gang.members)
+    logging.info("job %s from %s: %s", gang.job, gang.members[0].image, members)
+    logging.info("each one's output is also kept in %s", gang.logs)
+    told = gangs.Told(verb="up", endpoint=_engine(host), timestamps=timestamps)
+    return gangs.run(client, gang, told)
+
+
+def _detach(gang: Gang, host: Host, verb: Literal["run", "up"]) -> int:
+    from tml.docker import supervisor
+
+    signals.end_if_told()
+    return supervisor.start(gang, _engine(host), verb)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from tml.docker import terminal
+from tml.machines import environment
 
 Stream = Literal["stdout", "stderr"]
 
@@ -30,16 +31,17 @@ class Printer:
     def __init__(
         self, members: Sequence[str], *, timestamps: bool = False, colour: bool | None = None
     ) -> None:
-        coloured = os.isatty(1) if colour is None else colour
+        coloured = _colour_wanted() if colour is None else colour
         self.timestamps = timestamps
+        width = max(map(len, members), default=0)
         self._prefixes = {
-            member: _prefix(member, number, coloured) if len(members) > 1 else b""
+            member: _prefix(member.ljust(width), number, coloured) if len(members) > 1 else b""
             for number, member in enumerate(members)
         }
         self._rest: dict[tuple[str, Stream], bytearray] = {}
         self._lock = threading.Lock()
 
-    def write(self, member: str, stream: Stream, data: bytes) -> None:
+    def write(self, member: str, stream: Stream, data: bytes, time: str | None = None) -> None:
         """Print the lines that `data` completes, and keep the rest of it for later."""
         with self._lock:
             rest = self._rest.setdefault((member, stream), bytearray())
@@ -49,7 +51,7 @@ class Printer:
                 return
             lines = bytes(rest[:end]) if end else bytes(rest)
             del rest[: len(lines)]
-            self._print(member, stream, lines.removesuffix(b"\n").split(b"\n"), now())
+            self._print(member, stream, lines.removesuffix(b"\n").split(b"\n"), time or now())
 
     def line(self, member: str, stream: Stream, line: bytes, time: str | None = None) -> None:
         """Print one line, given without its end; `time` is when it was said, if not now."""
@@ -76,6 +78,10 @@ class Printer:
 def now() -> str:
     """The time as --timestamps shows it: UTC, to the millisecond."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def _colour_wanted() -> bool:
+    return os.isatty(1) and not os.environ.get(environment.NO_COLOR)
 
 
 def _prefix(member: str, number: int, coloured: bool) -> bytes:

@@ -6,17 +6,19 @@ never from here.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tml.docker.owner import this_process
+from tml.docker.plan import LABEL_PROJECT, Plan
 from tml.machines import environment
 
 KEPT = 200
 """Records beyond this number are removed, the oldest first."""
 
-JobState = Literal["starting", "running", "restarting", "ended"]
+JobState = Literal["starting", "running", "restarting", "stopping", "ended"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,26 @@ def folder(env: Mapping[str, str] = os.environ) -> Path:
     """Where records are."""
     state = env.get(environment.XDG_STATE_HOME)
     return (Path(state) if state else environment.home(env) / ".local" / "state") / "tml" / "jobs"
+
+
+def begin(
+    verb: Literal["run", "up"], members: Sequence[Plan], endpoint: str, logs: str | None
+) -> Record:
+    """The record of a job of this process whose containers exist, written; old ones are removed."""
+    record = Record(
+        job=members[0].job,
+        run_id=members[0].run_id,
+        verb=verb,
+        project=members[0].labels.get(LABEL_PROJECT, ""),
+        owner=this_process(),
+        endpoint=endpoint,
+        members=tuple(member.member for member in members),
+        logs=logs,
+        started=time.time(),
+    )
+    write(record)
+    prune()
+    return record
 
 
 def write(record: Record) -> None:

@@ -30,13 +30,24 @@ TML_MACHINE_SHARE = "TML_MACHINE_SHARE"
 """Containers of this job that share the processors of one machine; 1 where unset."""
 TML_WORKERS = "TML_WORKERS"
 """Under Compose: the number of worker containers that there should be."""
+TML_USER, TML_USER_NAME, TML_HOME = "TML_USER", "TML_USER_NAME", "TML_HOME"
+TML_SCRIPT, TML_ARGS, TML_DATA = "TML_SCRIPT", "TML_ARGS", "TML_DATA"
+TML_NPROC_PER_NODE, TML_IMAGE_INPUTS = "TML_NPROC_PER_NODE", "TML_IMAGE_INPUTS"
+TML_SHM_SIZE, TML_MEMORY, TML_CPUS = "TML_SHM_SIZE", "TML_MEMORY", "TML_CPUS"
+COMPOSE_PROFILES = "COMPOSE_PROFILES"
+"""What docker-compose.yml is filled from."""
 TML_DATASETWORKERS = "TML_DATASETWORKERS"
 """Addresses host:port of the data set workers, with commas between; unset: data are read here."""
+TML_DATASETWORKER_PORT = "TML_DATASETWORKER_PORT"
+"""Port that a data set worker serves on; DATASETWORKER_PORT where unset, 0 takes a free one."""
+DATASETWORKER_PORT = 50051
 OMP_NUM_THREADS, OMP_WAIT_POLICY = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
 WORLD_SIZE, LOCAL_WORLD_SIZE = "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+TML_EXEC = "TML_EXEC"
+"""Marks the processes of one `exec` inside a container, so that they can be found and ended."""
 BASH_ENV = "BASH_ENV"
 """A file that bash reads before a script: how secrets reach a container."""
 PYTHONPATH, HOME, USER, LOGNAME = "PYTHONPATH", "HOME", "USER", "LOGNAME"
@@ -98,7 +109,7 @@ def local_world_size() -> int:
 
 def machine_share() -> int:
     """Containers of this job that share the processors of this machine; 1 where nothing says."""
-    return max(1, _integer(TML_MACHINE_SHARE, 1))
+    return max(1, _integer(TML_MACHINE_SHARE, 1 + (compose_workers() or 0)))
 
 
 def compose_workers() -> int | None:
@@ -110,6 +121,24 @@ def num_nodes() -> int:
     """Containers that train together, as torchrun was told; 1 where it was told nothing."""
     text = os.environ.get(PET_NNODES, "").rpartition(":")[2]
     return max(1, int(text)) if text.isdigit() else 1
+
+
+def datasetworkers() -> tuple[str, ...]:
+    """Addresses of the data set workers, as host:port; none where data are read here."""
+    text = os.environ.get(TML_DATASETWORKERS, "")
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for address in found:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+            raise ValueError(
+                f"{TML_DATASETWORKERS}={text!r} in the environment: {address!r} is no host:port"
+            )
+    return found
+
+
+def datasetworker_port() -> int:
+    """Port that a data set worker serves on."""
+    return _integer(TML_DATASETWORKER_PORT, DATASETWORKER_PORT)
 
 
 def set_default(name: str, value: str) -> None:
