@@ -47,7 +47,6 @@ LABEL_ROLE, LABEL_INDEX, LABEL_OWNER = "tml.role", "tml.index", "tml.owner"
 """What a container, and the network of a job, can be found by. The owner is that of owner.py."""
 
 RENDEZVOUS_PORT = 29500
-DATASETWORKER_PORT = 50051
 
 HIGHEST_PORT = 65535
 
@@ -59,6 +58,11 @@ SOCKETS = (
     "/run/containerd/containerd.sock",
 )
 """Who holds one of these is root on this machine."""
+
+BASHS_OWN = frozenset(
+    [environment.BASH_ENV, "BASHOPTS", "SHELLOPTS", "BASH_VERSINFO", "UID", "EUID", "PPID"]
+)
+"""bash lets no script set these, or reads them itself."""
 
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -212,7 +216,9 @@ class Gang:
     job: str
     run_id: str
     network: str
-    """To be made before, and removed after; labels as the containers'."""
+    """To be made before, and removed after, with these labels; "" where members use what is
+    there.
+    """
     labels: Mapping[str, str]
     members: tuple[Plan, ...]
     """The chief first."""
@@ -270,6 +276,19 @@ def plan_up(request: Request, host: Host, project: Project, run_id: str) -> Gang
     )
 
 
+def gang_of_one(plan: Plan, logs: str) -> Gang:
+    """A single container as a gang, on the network that it has anyway."""
+    return Gang(
+        job=plan.job,
+        run_id=plan.run_id,
+        network="",
+        labels=plan.labels,
+        members=(plan,),
+        detach=plan.detach,
+        logs=logs,
+    )
+
+
 def _member(
     single: Plan, request: Request, project: Project, role: Role, index: int, num_containers: int
 ) -> Plan:
@@ -292,7 +311,7 @@ def _member(
         }
         if request.datasetworkers:
             values[environment.TML_DATASETWORKERS] = ",".join(
-                f"datasetworker-{number + 1}:{DATASETWORKER_PORT}"
+                f"datasetworker-{number + 1}:{environment.DATASETWORKER_PORT}"
                 for number in range(request.datasetworkers)
             )
     variables |= {name: Variable(name=name, value=value) for name, value in values.items()}
@@ -427,9 +446,14 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
         else:
             # As docker does it, also for a name that had a default.
             variables.pop(name, None)
-    for variable in variables.values():
-        if variable.secret:
-            _refuse_unfit_secret(variable.name)
+    secret = [variable.name for variable in variables.values() if variable.secret]
+    for name in secret:
+        _refuse_unfit_secret(name)
+    if secret and environment.BASH_ENV in variables:
+        raise LauncherError(
+            f"--env {environment.BASH_ENV}: secrets ({', '.join(secret)}) travel through it; leave "
+            "one of the two out"
+        )
     return tuple(variables.values())
 
 
@@ -439,10 +463,10 @@ def _refuse_unfit_secret(name: str) -> None:
         raise LauncherError(
             f"--env {name}: the name of a secret can have letters, digits and '_' only"
         )
-    if name == environment.BASH_ENV:
+    if name in BASHS_OWN:
         raise LauncherError(
-            f"--env {name}: give its value, {name}=VALUE; by name alone it would be a secret, and "
-            "secrets travel through it"
+            f"--env {name}: give its value, {name}=VALUE; by name alone it is taken for a secret, "
+            "and bash, which hands those over, has a use of its own for this name"
         )
 
 

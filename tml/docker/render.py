@@ -6,9 +6,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from tml.docker import secrets
 from tml.docker.plan import HOME, LABEL_OWNER, PIDS_LIMIT, UNITS, Gang, Gpus, Mount, Plan
+from tml.machines import environment
 
 LOOPBACK = "127.0.0.1"
 """Published ports are for this machine alone."""
@@ -16,14 +19,21 @@ TMPFS = {"/tmp": "2g", HOME: "1g"}
 """What can be written to under a read-only root, and how much; as /dev/shm, used only as filled."""
 
 
-def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
+def to_engine(plan: Plan, owner: str, secrets_file: Path | None = None) -> dict[str, Any]:
     """The body of the engine's POST /containers/create. `owner` says which launcher will remove the
-    container.
+    container; `secrets_file` is what secrets.py staged, where there are any.
     """
+    assert (secrets_file is not None) == bool(secret_names(plan))
+    env = [f"{v.name}={v.value}" for v in plan.env if not v.secret]
+    mounts, command = plan.mounts, list(plan.command)
+    if secrets_file is not None:
+        env.append(f"{environment.BASH_ENV}={secrets.FILE}")
+        mounts += (Mount(source=str(secrets_file), target=secrets.FILE, read_only=True),)
+        command = command if secrets.is_read_by(command) else secrets.wrapped(command)
     host_config: dict[str, Any] = {
         "Mounts": [
             {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only}
-            for m in plan.mounts
+            for m in mounts
         ],
         "NetworkMode": plan.network,
         "Init": True,
@@ -55,10 +65,10 @@ def to_engine(plan: Plan, owner: str) -> dict[str, Any]:
     attached = not plan.detach
     body: dict[str, Any] = {
         "Image": plan.image,
-        "Cmd": list(plan.command),
+        "Cmd": command,
         "WorkingDir": plan.workdir,
         "User": plan.user,
-        "Env": [f"{v.name}={v.value}" for v in plan.env],
+        "Env": env,
         "Labels": {**plan.labels, LABEL_OWNER: owner},
         "Tty": plan.tty,
         "OpenStdin": plan.interactive,
@@ -126,17 +136,17 @@ def gang_to_shell(gang: Gang) -> str:
     """The lines of a shell that make the network, start each container, follow the chief, wait for
     all, and remove everything. What they lack of `up`: the first failure does not stop the others.
     """
-    docker = _docker(gang.members[0])
+    docker, labels = _docker(gang.members[0]), _label_options(gang.labels)
     ending = [member.name for member in gang.members if not member.is_service]
     every = [member.name for member in gang.members]
     lines = [
-        [*docker, "network", "create", *_label_options(gang.labels), gang.network],
+        *([[*docker, "network", "create", *labels, gang.network]] if gang.network else []),
         # Not --rm: `docker wait` would find those that end before it gone.
         *(to_argv(member, remove=False) for member in gang.members),
         [*docker, "logs", "-f", gang.members[0].name],
         [*docker, "wait", *ending],
         [*docker, "rm", "--force", "--volumes", *every],
-        [*docker, "network", "rm", gang.network],
+        *([[*docker, "network", "rm", gang.network]] if gang.network else []),
     ]
     return "\n".join(shlex.join(line) for line in lines)
 
