@@ -53,4 +53,9 @@ FROM runtime AS dev
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends git procps >/dev/null \
  && rm -rf /var/lib/apt/lists/*
+# The user of the dev container (.devcontainer/), whose ids become the caller's there. HOME is as in a run. git may
+# read a checkout of somebody else's, and a login shell, which editors start, sets a PATH of its own.
+RUN useradd --uid 1000 --home-dir /root --no-create-home --shell /bin/bash dev \
+ && git config --system --add safe.directory /usr/src/app/tml \
+ && echo 'case ":$PATH:" in *:/opt/venv/bin:*) ;; *) PATH=/opt/venv/bin:$PATH ;; esac' >/etc/profile.d/venv.sh
 COPY --from=dev-deps /added/opt/venv /opt/venv
