@@ -20,7 +20,10 @@ from tml.docker.errors import LauncherError
 from tml.machines import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAND_IN = "standin"
+STAND_IN = f"p{os.getpid()}/standin"
+"""The project that launchers here run, called standin; its path is this process's own, so that test
+runs beside each other let one another's containers be.
+"""
 LEFT_OUT = pytest.StashKey[list[str]]()
 NO_ENGINE = pytest.StashKey[str]()
 
@@ -74,6 +77,7 @@ class Launcher:
             **os.environ,
             environment.TML_BASE: str(base),
             environment.HOME: str(home),
+            environment.XDG_STATE_HOME: str(home / ".local" / "state"),
             environment.PYTHONPATH: str(REPOSITORY),
         }
         self.argv = [sys.executable, "-m", "tml.docker"]
@@ -156,10 +160,16 @@ def image() -> str:
 
 @pytest.fixture
 def launcher(bare_launcher: Launcher, client: Any, image: str) -> Iterator[Launcher]:
-    """A launcher with a real engine; afterwards no container of it may be left, running or not."""
+    """A launcher with a real engine; afterwards no container of it may be left, running or not, and
+    no network.
+    """
     yield bare_launcher
     filters = {"label": f"tml.project={STAND_IN}"}
     left = client.containers(all=True, filters=filters)
     for container in left:
         client.remove_container(container["Id"], force=True)
+    networks = client.networks(filters=filters)
+    for network in networks:
+        client.remove_network(network["Id"])
     assert [container["Names"] for container in left] == []
+    assert [network["Name"] for network in networks] == []

@@ -32,7 +32,7 @@ time.sleep(60)
 def containers(client: Any, **filters: Any) -> list[Any]:
     """All containers of the stand-in project."""
     found: list[Any] = client.containers(
-        all=True, filters={"label": "tml.project=standin", **filters}
+        all=True, filters={"label": f"tml.project=p{os.getpid()}/standin", **filters}
     )
     return found
 
@@ -57,7 +57,10 @@ def test_the_running_container_matches_the_contract(launcher: Any, client: Any, 
     assert env["SPEC_TYPE"] == "chief"
     assert config["Image"] == "local/torch"
     assert config["WorkingDir"] == "/usr/src/app"
-    assert config["Cmd"] == ["bash", "tml/projects/standin/scripts/run_in_docker.sh"]
+    assert config["Cmd"] == [
+        "bash",
+        f"tml/projects/p{os.getpid()}/standin/scripts/run_in_docker.sh",
+    ]
     assert config["User"] == f"{os.getuid()}:{os.getgid()}"
     assert config["StopTimeout"] == 45
     assert (config["Tty"], config["OpenStdin"]) == (False, False)
@@ -70,7 +73,7 @@ def test_the_running_container_matches_the_contract(launcher: Any, client: Any, 
     assert host["PidsLimit"] == 8192
     labels = config["Labels"]
     assert labels["tml.owner"].split(":")[1] == str(process.pid)
-    assert (labels["tml.role"], labels["tml.project"]) == ("chief", "standin")
+    assert (labels["tml.role"], labels["tml.project"]) == ("chief", f"p{os.getpid()}/standin")
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 42, 125, 126, 127, 137, 143, 255])
@@ -368,5 +371,8 @@ def test_a_gpu_that_this_engine_cannot_give_is_an_error_and_no_silent_processor_
 
 def test_the_plan_as_json_is_what_runs(launcher: Any) -> None:
     plan = json.loads(launcher("run", "standin", "--json", "--env", "API_KEY=planted").stdout)
-    assert plan["command"] == ["bash", "tml/projects/standin/scripts/run_in_docker.sh"]
+    assert plan["command"] == [
+        "bash",
+        f"tml/projects/p{os.getpid()}/standin/scripts/run_in_docker.sh",
+    ]
     assert {"name": "API_KEY", "value": None, "secret": True} in plan["env"]
