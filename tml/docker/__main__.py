@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from tml.docker import flags as verbs
 from tml.docker import signals
 from tml.docker.errors import LauncherError
+from tml.machines import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one verb; returns the exit status."""
+    if environment.get(environment.ARGCOMPLETE):
+        from tml.docker.completion import complete
+
+        complete()  # A shell asks for words; does not return.
     flags, args = verbs.parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="tml: %(message)s", stream=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
