@@ -44,7 +44,7 @@ _LOST = (RuntimeError,)
 """What a store raises that has gone or does not answer."""
 
 
-class NodesError(RuntimeError):
+class NodesError(Exception):
     """The nodes did not meet; `exit_code` is this one's."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -86,6 +86,7 @@ class Nodes(RendezvousHandler):
         self._store: TCPStore | None = None
         self._watch: _Watch | None = None
         self._heard_at: float | None = None
+        self._threads: list[threading.Thread] = []
 
     # What torchrun calls
 
@@ -108,7 +109,11 @@ class Nodes(RendezvousHandler):
         except _LOST as error:
             raise NodesError(self._lost_chief().said, ORPHANED) from error
         self._watch = _Watch(
-            self._store.clone(), rank, self._num_nodes, self._lost_after_s, self._lost_chief()
+            self._store.clone(),  # type: ignore[attr-defined]
+            rank,
+            self._num_nodes,
+            self._lost_after_s,
+            self._lost_chief(),
         )
         self._watch.start()
         store = PrefixStore(self._run_id, self._store)
@@ -139,26 +144,37 @@ class Nodes(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Leave; the chief, whose store the others still read, leaves last."""
+        """Nothing yet: after a failure too torchrun calls this before it says so."""
+        return True
+
+    # What the program calls at the end
+
+    def leave(self) -> None:
+        """After a good end; the chief, whose store the others still read, leaves last."""
         if self._watch is not None:
             self._watch.stop()
         self._leave("left", wait_s=5.0)
-        return True
 
-    # What the program calls when ranks of this node have failed
+    def stop(self) -> bool:
+        """End the threads; returns whether they have ended."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._threads.append(self._watch)
+        for thread in self._threads:
+            thread.join(1.0)
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def settle(self, code: int) -> int:
-        """The exit status of this node, of which a rank ended with `code`: that of the node which
-        failed first. Other nodes are told, where this is the first.
+    def settle(self, code: int, said: str) -> tuple[int, str]:
+        """Exit status and last words of this node, of which a rank ended with `code` and `said`:
+        those of the node which failed first. Other nodes are told, where this is the first.
         """
         failure = self._failure_elsewhere(wait_s=1.0 if code == ORPHANED else 0.0)
         if failure is not None:
-            print(f"error: {failure.said}", file=sys.stderr)
             time.sleep(BEHIND_S)
-            return failure.code
+            return failure.code, failure.said
         if code != ORPHANED:
             self._tell(Failure(code, f"node {self._name} failed with exit status {code}"))
-        return code
+        return code, said
 
     def _failure_elsewhere(self, wait_s: float) -> Failure | None:
         deadline = time.monotonic() + wait_s
@@ -244,6 +260,7 @@ class Nodes(RendezvousHandler):
             message = f"{joined} workers have joined a job of {wanted}{self._advice}"
             self._tell(Failure(2, message))
             raise NodesError(message)
+        self._raise_failure()
         rank = self._claim_rank(number)
         while not self._store.check(["complete"]):
             self._raise_failure()
@@ -286,7 +303,7 @@ class Nodes(RendezvousHandler):
             assert self._store is not None
             self._store.compare_set("failed", "", json.dumps(asdict(failure)))
 
-        _within(1.0, tell)
+        self._within(1.0, tell)
         self._leave("told", wait_s=1.0)
 
     def _leave(self, key: str, wait_s: float) -> None:
@@ -304,7 +321,19 @@ class Nodes(RendezvousHandler):
             while store.add(key, 0) < others_here and time.monotonic() < deadline:
                 time.sleep(POLL_S)
 
-        _within(wait_s, leave)
+        self._within(wait_s, leave)
+
+    def _within(self, seconds: float, call: Callable[[], None]) -> None:
+        """`call`, which may hang where the store is gone, for so long at the most."""
+
+        def quietly() -> None:
+            with suppress(*_LOST):
+                call()
+
+        thread = threading.Thread(target=quietly, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        thread.join(seconds)
 
 
 class _Watch(threading.Thread):
@@ -370,15 +399,3 @@ class _Watch(threading.Thread):
 
 def _read_failure(store: Store) -> Failure:
     return Failure(**json.loads(store.get("failed")))
-
-
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """`call`, which may hang where the store is gone, for so long at the most."""
-
-    def quietly() -> None:
-        with suppress(*_LOST):
-            call()
-
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    thread.join(seconds)

@@ -12,18 +12,24 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
-
-from tml.distributed import ORPHANED
 from tml.machines import container, environment
-from tml.rendezvous import Nodes, NodesError
+
+# A connection that ends is told in one line here; torch's library, which reads this as it is
+# loaded, would add a stack.
+environment.set_default(environment.TORCH_CPP_LOG_LEVEL, "ERROR")
+
+from torch.distributed import run  # noqa: E402
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry  # noqa: E402
+
+from tml.distributed import ORPHANED  # noqa: E402
+from tml.rendezvous import Nodes, NodesError  # noqa: E402
 
 SHUTDOWN_TIMEOUT_S = 40
 """torchrun's own 30 s from SIGTERM to SIGKILL would cut the launcher's grace of 45 s short."""
@@ -33,7 +39,9 @@ PORT = 29500
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun; returns the exit status."""
     # What they would say of a failure or a signal, the lines below and the processes themselves do.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in (*logging.root.manager.loggerDict, "torch.distributed.elastic"):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         _set_num_nodes()
         arguments = run.parse_args(list(sys.argv[1:] if argv is None else argv))
@@ -41,15 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         nodes = _prepare_nodes(arguments)
     except ValueError as error:
         return _fail(str(error), 2)
+    code = _run(arguments, nodes)
+    if nodes is not None and not nodes.stop():
+        # A thread that waits within torch's library for a node that is cut off would end this
+        # process by SIGABRT at its end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace, nodes: Nodes | None) -> int:
     try:
         run.run(arguments)
     except ChildFailedError as error:
-        code = _exit_code(error)
-        return code if nodes is None else nodes.settle(code)
+        code, said = _first_failure(error)
+        if nodes is not None:
+            code, said = nodes.settle(code, said)
+        return _fail(said, code) if said else code
     except NodesError as error:
         return _fail(str(error), error.exit_code)
     except SignalException as error:
         return 128 + int(error.sigval)
+    if nodes is not None:
+        nodes.leave()
     return 0
 
 
@@ -114,16 +137,17 @@ def _seconds(text: str, name: str) -> float:
         raise ValueError(f"{name}={text!r}: expected a number of seconds") from None
 
 
-def _exit_code(error: ChildFailedError) -> int:
-    """Of the first process to fail, less those that failed because another had."""
+def _first_failure(error: ChildFailedError) -> tuple[int, str]:
+    """Exit status of the first process to fail, less those that failed because another had; and
+    what it cannot say itself.
+    """
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     own = [item for item in failures if item[1].exitcode != ORPHANED]
     rank, failure = (own or failures)[0]
     if failure.exitcode >= 0:
-        return int(failure.exitcode)
+        return int(failure.exitcode), ""
     name = signal.Signals(-failure.exitcode).name
-    print(f"error: process {rank} was ended by {name}", file=sys.stderr)
-    return 128 - int(failure.exitcode)
+    return 128 - int(failure.exitcode), f"process {rank} was ended by {name}"
 
 
 def _fail(message: str, exit_code: int) -> int:
