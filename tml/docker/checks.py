@@ -4,8 +4,10 @@ the facts and prints.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
+from tml.docker.errors import LauncherError
 from tml.docker.hints import in_bytes
 from tml.docker.plan import IMAGES, SHM_BYTES, Variant
 from tml.docker.users import EngineKind, container_user
@@ -64,9 +66,13 @@ def version_of(text: str) -> tuple[int, ...]:
 
 
 def no_engine(message: str) -> Check:
-    """No engine: which of the failures it is, the message says, with what to do about each."""
+    """No engine: which of the failures it is, the message says. Its first line and what was tried,
+    which stands further in, are what was found; the rest is what to do.
+    """
     first, *rest = message.splitlines()
-    return error("engine", first, "\n".join(line.strip() for line in rest))
+    tried = list(takewhile(lambda line: line.startswith("    "), rest))
+    remedy = " ".join(line.strip() for line in rest[len(tried) :])
+    return error("engine", " ".join([first, *(line.strip() for line in tried)]), remedy)
 
 
 def engine(version: str, url: str, origin: str, context: str | None) -> Check:
@@ -105,8 +111,6 @@ def socket_mode(url: str, mode: int | None, tls: bool) -> Check:
 
 def user(kind: EngineKind, uid: int, gid: int, name: str) -> Check:
     """Which user containers run as, and whether files will be the caller's."""
-    from tml.docker.errors import LauncherError
-
     try:
         chosen = container_user(kind, uid, gid, name)
     except LauncherError as refusal:

@@ -113,9 +113,11 @@ function __fish_tml_complete
     tml 8>&1 9>&2 1>/dev/null 2>&1
 end
 complete -c tml -f -a '(__fish_tml_complete 1)'
+function __fish_is_tml
+    string match -q -- "-m tml.docker" (string join " " -- (commandline -poc)[2..3])
+end
 for name in python python3
-    complete -c $name -n 'string match -q -- "-m tml.docker" (commandline -pxc)[2..3]' \\
-        -f -a '(__fish_tml_complete 3)'
+    complete -c $name -n __fish_is_tml -f -a '(__fish_tml_complete 3)'
 end
 """
 

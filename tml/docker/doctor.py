@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -304,10 +305,8 @@ def _compose_file(checkout: Path) -> Check:
     pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
     values = {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
     wanted = {environment.TML_USER: f"{os.getuid()}:{os.getgid()}"}
-    try:
+    with suppress(LauncherError):  # That the checkout is not whole, _images says.
         wanted[environment.TML_IMAGE_INPUTS] = image.hash_inputs(checkout, "cpu")
-    except LauncherError:
-        pass  # _images says it.
     return checks.compose_file(values, wanted)
 
 
