@@ -26,7 +26,8 @@ LAYERS = (
     ),
     ("embeddings", "checkpoint"),
     ("evaluate", "train", "rendezvous", "torchrun", "run_folder"),
-    ("program",),
+    ("program", "follow"),
+    ("tensorboard",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TENSORS = {"torch", "torchrec", "fbgemm_gpu", "numpy"}

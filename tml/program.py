@@ -75,6 +75,14 @@ def _orphaned() -> int:
     return ORPHANED
 
 
+def role() -> environment.Role:
+    """This process's role; raises ConfigError where the environment names none that there is."""
+    try:
+        return environment.spec_type()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def add_overrides(parser: ArgumentParser, what: str = "change one setting") -> None:
     """Add `--set a.b=value`, which `tml.config.load_config` takes as overrides."""
     parser.add_argument(

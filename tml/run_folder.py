@@ -36,7 +36,12 @@ def make_room(
     """
     if overwrite:
         for path in _run_files(save_dir, extra):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # First of all, so that nobody who reads a step folder takes half of it for the whole.
+            if path.is_dir():
+                (path / checkpoint.COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     elif repeat and is_finished(save_dir):
         _move_aside(save_dir, extra)
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -80,9 +85,14 @@ def announce_changes(folder: Path, config: Config) -> None:
             )
 
 
+def start_time() -> float:
+    """When this process began, in seconds since 1970."""
+    return float(psutil.Process().create_time())
+
+
 def seconds_since_start() -> float:
     """Seconds since this process began."""
-    return time.time() - float(psutil.Process().create_time())
+    return time.time() - start_time()
 
 
 def _run_files(save_dir: Path, extra: Collection[str]) -> list[Path]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from projects.twhin.config import DataConfig, ModelConfig
-from tml.data.parquet import Columns, DataError, ParquetRows, Position, ShuffledReader
+from tml.data.parquet import Columns, DataError, ParquetRows, Position, Reader, ShuffledReader
 from tml.distributed import Job
 
 COLUMNS = ("lhs", "rel", "rhs")
@@ -148,7 +148,7 @@ def build_reader(
 
 
 def read_batches(
-    reader: ShuffledReader,
+    reader: Reader,
     layout: EdgeLayout,
     config: DataConfig,
     job: Job,

@@ -18,7 +18,7 @@ import argparse
 import enum
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,8 @@ from tml.distributed import Job
 
 HITS = (1, 3, 10)
 LINK_METRICS = ("mrr", "mr", *(f"hits@{k}" for k in HITS))
+BEST = "best.json"
+"""Below evaluation/: the step with the best MRR that the evaluator has measured."""
 BLOCK_SCORES = 1 << 24  # scores held at once: 64 MB of float32
 MAX_ROWS_SHOWN = 12  # relations in a terminal's table; a report has all of them
 MAX_NAME_SHOWN = 24  # characters of a relation there
@@ -436,12 +438,19 @@ def _row_of(report: Report | None, name: str) -> Report | None:
 # A run's vectors on its data
 
 
-def evaluate_split(config: TwhinConfig, split: str, vectors: Scorer, job: Job) -> Report:
+def evaluate_split(
+    config: TwhinConfig,
+    split: str,
+    vectors: Scorer,
+    job: Job,
+    all_edges: Mapping[str, Edges | None] | None = None,
+) -> Report:
     """Measure `vectors` on the config's "test", "validation" or "train" edges, a share a process.
 
-    Returns the same report on every process; its shape is what `render` and metrics.json know.
+    all_edges: what `read_splits` gives; read here where None. Returns the same report on every
+    process; its shape is what `render` and metrics.json know.
     """
-    all_edges = {name: read_split(config, name) for name in ("train", "validation", "test")}
+    all_edges = all_edges or read_splits(config)
     asked = all_edges[split]
     if asked is None:
         raise ConfigError(f"the config has no {split}_data to evaluate on")
@@ -468,6 +477,80 @@ def evaluate_split(config: TwhinConfig, split: str, vectors: Scorer, job: Job) -
         folder = planted.folder_of(config.train_data.data_root)
         report["planted"] = json.loads((folder / planted.PLANTED).read_text())["optimum"]
     return report
+
+
+def follow(config: TwhinConfig, save_dir: Path, *, once: bool = False) -> int | None:
+    """Measure each complete step folder of a run on validation_data (test_data where there is none)
+    as it appears, until the run is finished; see tml.follow. best.json names the best step so far.
+    Returns None, or the number of the signal that stopped it.
+    """
+    from projects.twhin.export import load_vectors
+    from projects.twhin.model import Vectors
+    from tml import distributed, logs
+    from tml import follow as marks
+
+    split = "validation" if config.validation_data else "test"
+    if getattr(config, f"{split}_data") is None:
+        raise ConfigError("an evaluator (SPEC_TYPE) needs validation_data or test_data")
+    if not config.evaluation.link_prediction:
+        raise ConfigError(
+            "an evaluator (SPEC_TYPE) goes by the MRR: set evaluation.link_prediction"
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    timeout_s = config.training.eval_timeout_in_s
+    with distributed.join(timeout_s) as job:
+        logs.set_up(job.rank)
+        edges: dict[str, Edges | None] = {}
+
+        def measure(vectors: Vectors, names: list[str]) -> Report:
+            if not edges:  # not before: the trainer may make them
+                edges.update(read_splits(config))
+            return {name: evaluate_split(config, name, vectors, job, edges) for name in names}
+
+        def tell(step: int, report: Report) -> None:
+            best = write_best(save_dir, split)
+            console.print(f"step {step:,}; best so far {best['step']:,}, MRR {best['mrr']:.4f}")
+            console.print(render(report[split]))
+
+        def load(folder: Path) -> Vectors:
+            return load_vectors(folder, config.model)
+
+        return marks.follow(save_dir, [split], load, measure, tell, job, timeout_s, once=once)
+
+
+def write_best(save_dir: Path, split: str) -> Report:
+    """Write evaluation/best.json: the step whose mark has the best MRR, the first of equals."""
+    from tml import follow as marks
+    from tml import run_folder
+
+    measured = {}
+    for path in (save_dir / marks.EVALUATION / split).glob("*.json"):
+        if path.stem.isdigit():
+            mean = json.loads(path.read_text())["link_prediction"]["mean"]
+            measured[int(path.stem)] = mean["mrr"]
+    step = max(sorted(measured), key=lambda step: measured[step])
+    best = {"step": step, "split": split, "mrr": measured[step]}
+    run_folder.write_json(save_dir / marks.EVALUATION / BEST, best)
+    return best
+
+
+def forget_marks(save_dir: Path, step: int) -> None:
+    """Remove the marks of steps after `step`, and name the best of those before it."""
+    from tml import follow as marks
+
+    marks.forget_marks(save_dir, step)
+    path = save_dir / marks.EVALUATION / BEST
+    if path.exists():
+        best = json.loads(path.read_text())
+        if best["step"] > step:
+            path.unlink()
+            if any((save_dir / marks.EVALUATION / best["split"]).glob("*.json")):
+                write_best(save_dir, best["split"])
+
+
+def read_splits(config: TwhinConfig) -> dict[str, Edges | None]:
+    """Split → its edges, for all splits there can be."""
+    return {name: read_split(config, name) for name in ("train", "validation", "test")}
 
 
 def read_split(config: TwhinConfig, split: str) -> Edges | None:

@@ -6,6 +6,9 @@
 The run folder (save_dir) gets config.yaml (resolved), metrics.jsonl (one record an interval), a
 step folder a checkpoint, metrics.json and vectors/. Started again with the same command, a run goes
 on from its last complete step folder.
+
+SPEC_TYPE=evaluator makes of the same command one that follows the checkpoints of the run, and
+SPEC_TYPE=datasetworker one that reads the training data for it (TML_DATASETWORKERS names those).
 """
 
 import argparse
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from projects.twhin import evaluate, export, planted
+from projects.twhin import dataset_worker, evaluate, export, planted
 from projects.twhin.config import DataConfig, TwhinConfig
 from projects.twhin.data import (
     COLUMNS,
@@ -29,6 +32,7 @@ from projects.twhin.data import (
     build_reader,
     read_batches,
 )
+from projects.twhin.dataset_worker import training_reader
 from projects.twhin.model import TwhinModel, table_specs
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
@@ -36,6 +40,7 @@ from tml.data.parquet import DataError, ParquetRows, Position
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
 from tml.embeddings import ArrayRows, build_tables
+from tml.follow import EVALUATION
 from tml.logs import MetricLog
 from tml.machines import container
 from tml.optimizers import build_dense_optimizer, set_learning_rate
@@ -44,6 +49,8 @@ from tml.train import Loop, Progress, StepResult
 logger = logging.getLogger(__name__)
 
 VECTORS = "vectors"
+RUN_FILES = frozenset([VECTORS, EVALUATION])
+"""What a run leaves beside step folders, config and metrics."""
 
 
 def run(
@@ -74,9 +81,7 @@ def run(
         distributed.barrier()
         layout = EdgeLayout(config.model)
         seed, data = config.training.seed, config.train_data
-        micro_batches = config.training.gradient_accumulation or 1
-        epochs = config.training.num_epochs
-        reader = build_reader(data, layout, job, seed, epochs, micro_batches)
+        reader = training_reader(config, layout, job)
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
                 ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)
@@ -84,7 +89,7 @@ def run(
 
         # Run folder.
         if job.is_chief:
-            run_folder.make_room(save_dir, {VECTORS}, overwrite=overwrite, repeat=repeat)
+            run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
         distributed.barrier()
         log = MetricLog(save_dir, job.rank)
 
@@ -112,6 +117,7 @@ def run(
             _initialise(config, tables.fill, state)
         log.rewind(progress.step)
         if job.is_chief:
+            evaluate.forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
         total_steps = progress.step + reader.steps_from(position)
         if config.training.num_train_steps is not None:
@@ -120,7 +126,7 @@ def run(
             (save_dir / run_folder.METRICS).unlink(
                 missing_ok=True
             )  # of the run before it was prolonged
-        log.say(_describe(config, job, reader.rows.num_rows, total_steps))
+        log.say(_describe(config, job, reader.num_rows, total_steps))
         if progress.step and progress.step >= total_steps:
             log.say(
                 f"the run is finished, nothing is left to train; --repeat moves {save_dir} "
@@ -181,15 +187,16 @@ def run(
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
             log.say(f"vectors: {', '.join(str(path) for path in paths)}")
         split = "test" if config.test_data else "validation"
+        report: evaluate.Report = {}
         if evaluates and (config.test_data or config.validation_data):
             report = evaluate.evaluate_split(config, split, vectors, job)
             if job.is_chief:
                 log.console.print(evaluate.render(report))
                 log.write("metrics", {"step": progress.step, **report})
-                run_folder.write_json(
-                    save_dir / run_folder.METRICS, {"step": progress.step, **report}
-                )
-                log.say(f"metrics: {save_dir / run_folder.METRICS}")
+        if job.is_chief:
+            # Also without a report: it says that the run is finished.
+            run_folder.write_json(save_dir / run_folder.METRICS, {"step": progress.step, **report})
+            log.say(f"metrics: {save_dir / run_folder.METRICS}")
         distributed.barrier()
         return None
 
@@ -292,6 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="if the run in save_dir is finished, move it aside and train anew",
     )
     parser.add_argument("--no_evaluation", action="store_true", help="train and export only")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="with SPEC_TYPE=evaluator: measure what is there and end; nobody trains",
+    )
     arguments = parser.parse_args(argv)
 
     def train() -> int | None:
@@ -299,9 +311,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if base is not None and base.is_dir():
             base = base / "graph.yaml"
         config = load_config(TwhinConfig, arguments.config_yaml_path, arguments.overrides, base)
+        role = program.role()
+        if role == "datasetworker":
+            dataset_worker.serve(config)
         save_dir = arguments.save_dir or config.training.save_dir
         if save_dir is None:
             raise ConfigError("no run folder: give --save_dir or set training.save_dir")
+        if role == "evaluator":
+            return evaluate.follow(config, Path(save_dir), once=arguments.once)
         return run(
             config,
             Path(save_dir),

@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -371,6 +371,23 @@ class ReadBatch:
     """Where the job stands once this step is done."""
 
 
+class Reader(Protocol):
+    """What yields the batches of one process: a ShuffledReader, or one that stands for it."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all processes in an epoch."""
+        ...
+
+    def steps_from(self, position: Position) -> int:
+        """Steps from `position` to the end of the last epoch."""
+        ...
+
+    def batches(self, position: Position) -> Iterator[ReadBatch]:
+        """Batches from `position` to the end of the last epoch."""
+        ...
+
+
 class ShuffledReader:
     """Yields the batches of one process; see the module's docstring for the order.
 
@@ -409,6 +426,11 @@ class ShuffledReader:
                 f"{rows.pattern} has {rows.num_rows:,} rows, too few for a step of {world_size} "
                 f"processes with at least {min_rows} each"
             )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all processes in an epoch."""
+        return self.rows.num_rows
 
     def steps_from(self, position: Position) -> int:
         """Steps from `position` to the end of the last epoch, where there is a last."""

@@ -14,7 +14,8 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
     """Iterate over `items`, up to `depth` made ahead in one thread; order is kept, and errors
     surface where used.
 
-    The thread ends with the `with` block, also when the consumer stops early.
+    The thread ends, and `items` is closed, with the `with` block, also when the consumer stops
+    early.
     """
     made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -36,6 +37,10 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
             put(None, StopIteration())
         except BaseException as error:
             put(None, error)
+        finally:  # what `items` holds, such as a connection, is given back
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
 
     def consume() -> Iterator[T]:
         while True:

@@ -11,9 +11,7 @@ partition, so that metrics are those of the unsampled stream.
 import argparse
 import json
 import logging
-import signal
 import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +31,17 @@ from projects.home.recap.data.dataset import build_dataset, describe_features
 from projects.home.recap.model.build import load_model, read_config, resolve_step
 from projects.home.recap.model.config import StratifierConfig
 from projects.home.recap.model.model import RankingModel
-from tml import calibration, checkpoint, distributed, logs, program, run_folder
+from tml import calibration, distributed, logs, program, run_folder
+from tml import follow as marks
 from tml.binary_metrics import BinaryMetrics, BinaryReport, check_names, render
-from tml.checkpoint import CheckpointError
 from tml.config import ConfigError
 from tml.distributed import Job
-from tml.train import DivergedError, StopSignal
+from tml.train import DivergedError
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "evaluation"
-"""Below save_dir: `<partition>/<step>.json`."""
 EVALUATION_ROWS = 4096
 """Rows scored at once, over all processes."""
-POLL_S = 2.0
 GROUP_FEATURES = ("meta__user_id", "user_id")
 
 _INPUTS = ("num_continuous", "num_binary", "num_discrete", "vectors", "categorical", "bags")
@@ -338,102 +333,43 @@ def _table(one: Report, title: str) -> Any:
     return render(BinaryReport(tasks=tasks, strata=strata), title)
 
 
-def mark_done(save_dir: Path, step: int, report: Report, job: Job) -> None:
-    """Write each partition's result of a step."""
-    if not job.is_chief:
-        return
-    for name, one in report.items():
-        path = save_dir / FOLDER / name / f"{step}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, one)
-
-
-def read_marks(save_dir: Path, step: int) -> Report:
-    """What has been measured at a step: partition → result."""
-    paths = sorted((save_dir / FOLDER).glob(f"*/{step}.json"))
-    return {path.parent.name: json.loads(path.read_text()) for path in paths}
-
-
-def unmarked(config: RecapConfig, save_dir: Path, step: int) -> list[str]:
-    """Partitions that are not marked done at a step."""
-    folder = save_dir / FOLDER
-    return [n for n in config.validation_data if not (folder / n / f"{step}.json").exists()]
-
-
-def forget_marks(save_dir: Path, step: int) -> None:
-    """Remove the marks of steps after `step`: a run that goes on from there makes them again."""
-    for path in (save_dir / FOLDER).glob("*/*.json"):
-        if path.stem.isdigit() and int(path.stem) > step:
-            path.unlink()
-
-
 def write_metrics(save_dir: Path, step: int) -> None:
     """Write metrics.json, which says that the run has ended at `step`, from the marks."""
-    result = {"step": step, "partitions": read_marks(save_dir, step)}
+    result = {"step": step, "partitions": marks.read_marks(save_dir, step)}
     run_folder.write_json(save_dir / run_folder.METRICS, result)
 
 
-def follow(config: RecapConfig, save_dir: Path) -> int | None:
+def follow(config: RecapConfig, save_dir: Path, *, once: bool = False) -> int | None:
     """Evaluate each complete step folder of a run as it appears, until the run is finished, and
-    complete its metrics.json; partitions that are marked done are left out. Returns None, or the
-    number of the signal that stopped it.
-
-    Raises CheckpointError when no new one has appeared for eval_timeout_in_s, ConfigError where
-    there is nothing to evaluate on.
+    complete its metrics.json; see tml.follow. Returns None, or the number of the signal that
+    stopped it. Raises ConfigError where there is nothing to evaluate on.
     """
     if not config.validation_data:
         raise ConfigError("an evaluator (SPEC_TYPE) needs validation_data; there is none")
-    with distributed.join(config.training.eval_timeout_in_s) as job, StopSignal() as stop:
+    console = Console(soft_wrap=True, highlight=False)
+    timeout_s = config.training.eval_timeout_in_s
+    with distributed.join(timeout_s) as job:
         logs.set_up(job.rank)
-        console = Console(soft_wrap=True, highlight=False)
-        last_found = time.monotonic()
-        while True:
-            # As the chief sees it: processes that look at different times see different folders.
-            finished = run_folder.is_finished(save_dir)  # before looking: the last step counts
-            waited = time.monotonic() - last_found
-            steps = checkpoint.complete_steps(save_dir)
-            steps = [step for step in steps if unmarked(config, save_dir, step)]
-            finished, waited, steps = distributed.gather((finished, waited, steps))[0]
-            for step in steps:
-                if distributed.any_process(stop.number is not None):
-                    break
-                _evaluate_step(config, save_dir, step, job, console)
-                last_found = time.monotonic()
-            if distributed.any_process(stop.number is not None):
-                return stop.number or signal.SIGTERM
-            if finished:
-                if job.is_chief and run_folder.is_finished(save_dir):
-                    end = json.loads((save_dir / run_folder.METRICS).read_text())["step"]
-                    write_metrics(save_dir, end)
-                return None
-            if not steps and waited > config.training.eval_timeout_in_s:
-                raise CheckpointError(
-                    f"no new step folder in {save_dir} for "
-                    f"{config.training.eval_timeout_in_s:g} s (training.eval_timeout_in_s): is "
-                    "the trainer running, with the same save_dir?"
-                )
-            if not steps:
-                time.sleep(POLL_S)
 
+        def load(folder: Path) -> tuple[RankingModel, Features]:
+            return load_model(folder, config, job)
 
-def _evaluate_step(
-    config: RecapConfig, save_dir: Path, step: int, job: Job, console: Console
-) -> None:
-    """Measure what is not marked done at a step."""
-    left = distributed.gather(unmarked(config, save_dir, step))[0]
-    try:
-        model, features = load_model(save_dir / str(step), config, job)
-    except CheckpointError:
-        if checkpoint.is_complete(save_dir / str(step)):
-            raise
-        if job.is_chief:
-            console.print(f"step {step:,} was removed before it could be read")
-        return
-    report = evaluate_model(config, features, model, job, left)
-    mark_done(save_dir, step, report, job)
-    if job.is_chief:
-        console.print(f"step {step:,}")
-        show(report, console)
+        def measure(loaded: tuple[RankingModel, Features], names: list[str]) -> Report:
+            model, features = loaded
+            return evaluate_model(config, features, model, job, names)
+
+        def tell(step: int, report: Report) -> None:
+            console.print(f"step {step:,}")
+            show(report, console)
+
+        partitions = list(config.validation_data)
+        stopped_by = marks.follow(
+            save_dir, partitions, load, measure, tell, job, timeout_s, once=once
+        )
+        if stopped_by is None and job.is_chief and run_folder.is_finished(save_dir):
+            end = json.loads((save_dir / run_folder.METRICS).read_text())["step"]
+            write_metrics(save_dir, end)
+        return stopped_by
 
 
 def _fitted_on(folder: Path, config: RecapConfig, model: RankingModel) -> str | None:

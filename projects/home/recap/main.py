@@ -5,8 +5,10 @@
 
 The run folder (training.save_dir) gets config.yaml (resolved), metrics.jsonl (one record an
 interval), a step folder a checkpoint, evaluation/<partition>/<step>.json and metrics.json. Started
-again with the same command, a run goes on from its last complete step folder. With
-SPEC_TYPE=evaluator the same command follows the checkpoints of the run instead.
+again with the same command, a run goes on from its last complete step folder.
+
+SPEC_TYPE=evaluator makes of the same command one that follows the checkpoints of the run, and
+SPEC_TYPE=datasetworker one that reads the training data for it (TML_DATASETWORKERS names those).
 """
 
 import argparse
@@ -23,9 +25,10 @@ import torch
 
 from projects.home.recap import evaluate
 from projects.home.recap.config import RecapConfig
-from projects.home.recap.data import planted
+from projects.home.recap.data import dataset_worker, planted
 from projects.home.recap.data.batch import Features, RankingBatch
-from projects.home.recap.data.dataset import build_dataset, describe_features
+from projects.home.recap.data.dataset import describe_features
+from projects.home.recap.data.dataset_worker import training_rows
 from projects.home.recap.model.build import build_model, model_state
 from projects.home.recap.model.describe import describe
 from projects.home.recap.model.model import RankingModel
@@ -37,14 +40,15 @@ from tml.config import ConfigError, load_config, to_yaml
 from tml.data.parquet import DataError
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
+from tml.follow import EVALUATION, forget_marks, mark_done, unmarked
 from tml.logs import MetricLog
-from tml.machines import container, environment
+from tml.machines import container
 from tml.memory import keep_freed_memory
 from tml.train import DivergedError, Loop, Place, Progress, StepResult
 
 logger = logging.getLogger(__name__)
 
-RUN_FILES = frozenset([evaluate.FOLDER])
+RUN_FILES = frozenset([EVALUATION])
 """What a run leaves beside step folders, config and metrics."""
 
 
@@ -76,19 +80,10 @@ def run(
         if config.planted is not None and job.is_chief:
             planted.ensure(config.planted, config.planted_folder())
         distributed.barrier()
-        training, seed = config.training, config.training.seed
+        training = config.training
         features = describe_features(config.train_data)
         evaluate.check_partitions(config, features)
-        dataset = build_dataset(
-            config.train_data,
-            features,
-            job,
-            seed,
-            _rows_of_process(config, job),
-            num_epochs=training.num_epochs,
-            shuffle=True,
-            use_weights=training.downsampling_correction == "weights",
-        )
+        dataset = training_rows(config, features, job)
 
         # Model and optimizer; large tables carry theirs.
         model, tables = build_model(config, features, job)
@@ -123,7 +118,7 @@ def run(
             log.say(f"resuming {save_dir} at step {progress.step:,}")
         log.rewind(progress.step)
         if job.is_chief:
-            evaluate.forget_marks(save_dir, progress.step)
+            forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
         total_steps = _total_steps(config, progress.step, dataset.steps_from(position))
         if job.is_chief and (total_steps is None or progress.step < total_steps):
@@ -162,7 +157,7 @@ def run(
             report = evaluate.evaluate_model(config, features, model, job, fits=True)
             if job.is_chief:
                 evaluate.show(report, log.console)
-            evaluate.mark_done(save_dir, progress.step, report, job)
+            mark_done(save_dir, progress.step, report, job)
             return {"partitions": report}
 
         evaluates = bool(config.validation_data) and training.evaluated_by == "trainer"
@@ -181,7 +176,8 @@ def run(
         )
         with torch.autograd.set_detect_anomaly(debug):
             batches: Iterator[tuple[RankingBatch, Place]] = dataset.batches(position)
-            reads_ahead = not debug and _has_idle_processors(job)
+            reads_ahead = dataset.is_read_elsewhere or _has_idle_processors(job)
+            reads_ahead = reads_ahead and not debug
             with prefetch(batches) if reads_ahead else nullcontext(batches) as ahead:
                 stopped_by = loop.run(ahead, progress)
         if num_errors := sum(distributed.gather(dataset.num_errors)):
@@ -203,14 +199,14 @@ def run(
                 f"{config.train_data.global_batch_size * (training.gradient_accumulation or 1):,} "
                 "rows; lower train_data.global_batch_size, or give it more data"
             )
-        left = distributed.gather(evaluate.unmarked(config, save_dir, progress.step))[0]
+        left = distributed.gather(unmarked(save_dir, config.validation_data, progress.step))[0]
         if evaluates and left:
             # The run ended at a step of a former one that was not its last.
             report = evaluate.evaluate_model(config, features, model, job, left)
             log.write("validation", {"step": progress.step, "partitions": report})
             if job.is_chief:
                 evaluate.show(report, log.console)
-            evaluate.mark_done(save_dir, progress.step, report, job)
+            mark_done(save_dir, progress.step, report, job)
         if job.is_chief:
             evaluate.write_metrics(save_dir, progress.step)
             follow = "" if evaluates or not config.validation_data else ", by the evaluator"
@@ -240,18 +236,6 @@ def _has_idle_processors(job: Job) -> bool:
     """
     busy = torch.get_num_threads() * job.local_world_size
     return job.device.type != "cpu" or len(os.sched_getaffinity(0)) > busy
-
-
-def _rows_of_process(config: RecapConfig, job: Job) -> int:
-    """Rows of one update in one process."""
-    rows = config.train_data.global_batch_size * (config.training.gradient_accumulation or 1)
-    if rows % job.world_size:
-        raise ConfigError(
-            f"train_data.global_batch_size {config.train_data.global_batch_size} times "
-            f"gradient_accumulation cannot be shared by {job.world_size} processes evenly; "
-            "make it a multiple"
-        )
-    return rows // job.world_size
 
 
 def _total_steps(config: RecapConfig, step: int, left: int | None) -> int | None:
@@ -366,6 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print input width, parameters, tasks and FLOPs an example as JSON, and end",
     )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="with SPEC_TYPE=evaluator: measure what is there and end; nobody trains",
+    )
     arguments = parser.parse_args(argv)
 
     def train() -> int | None:
@@ -376,11 +365,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             features = describe_features(config.train_data)
             print(json.dumps(describe(config.model, features), indent=2))
             return None
+        role = program.role()
+        if role == "datasetworker":
+            dataset_worker.serve(config)
         save_dir = arguments.save_dir or config.training.save_dir
         if save_dir is None:
             raise ConfigError("no run folder: give --save_dir or set training.save_dir")
-        if environment.spec_type() == "evaluator":
-            return evaluate.follow(config, Path(save_dir))
+        if role == "evaluator":
+            return evaluate.follow(config, Path(save_dir), once=arguments.once)
         return run(
             config,
             Path(save_dir),

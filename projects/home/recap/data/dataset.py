@@ -42,6 +42,11 @@ class Dataset(ABC):
     def num_errors(self) -> int:
         """Records left out so far, with ignore_data_errors."""
 
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether another machine or process reads them: here, one only waits."""
+        return False
+
     @abstractmethod
     def start(self) -> Place:
         """Before the first row."""
@@ -49,6 +54,10 @@ class Dataset(ABC):
     @abstractmethod
     def resume(self, trees: list[Any]) -> Place:
         """This process's position, from the JSON of the positions of all processes that saved."""
+
+    @abstractmethod
+    def load_position(self, tree: dict[str, Any]) -> Place:
+        """The position of this process whose `to_json` is `tree`."""
 
     @abstractmethod
     def steps_from(self, position: Place) -> int | None:
@@ -77,7 +86,11 @@ class TableRows(Dataset):
 
     def resume(self, trees: list[Any]) -> Place:
         """See Dataset."""
-        return self._dataset.load_position(trees[0])
+        return self.load_position(trees[0])
+
+    def load_position(self, tree: dict[str, Any]) -> Place:
+        """See Dataset."""
+        return self._dataset.load_position(tree)
 
     def steps_from(self, position: Place) -> int | None:
         """See Dataset."""
@@ -110,6 +123,10 @@ class RecordRows(Dataset):
     def resume(self, trees: list[Any]) -> Place:
         """See Dataset."""
         return self._stream.resume(trees)
+
+    def load_position(self, tree: dict[str, Any]) -> Place:
+        """See Dataset."""
+        return StreamPosition.from_json(tree)
 
     def steps_from(self, position: Place) -> int | None:
         """See Dataset."""
@@ -158,6 +175,10 @@ class PreparedRows(Dataset):
     def resume(self, trees: list[Any]) -> Place:
         """See Dataset."""
         return self._rows.resume(trees)
+
+    def load_position(self, tree: dict[str, Any]) -> Place:
+        """See Dataset."""
+        return self._rows.load_position(tree)
 
     def steps_from(self, position: Place) -> int | None:
         """See Dataset."""
