@@ -90,7 +90,7 @@ def _quoted(value: str) -> str:
     """As a value in .env, where `$NAME` in double quotes would be filled in."""
     if re.fullmatch(r"[\w./:,@%+=-]*", value):
         return value
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
+    return '"' + re.sub(r'([\\"$])', r"\\\1", value) + '"'
 
 
 def _write(file: Path, lines: Sequence[str]) -> None:

@@ -1,0 +1,213 @@
+"""tml.torchrun: defaults for one node, and several nodes that meet, end and fail together."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tml.machines import container, environment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RANK = """
+import os, signal, sys, time
+from tml import distributed, program
+def run():
+    with distributed.join(60.0) as job:
+        distributed.barrier()
+        share = os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
+        place = f"rank {job.rank} of {job.world_size} node {os.environ['GROUP_RANK']}"
+        # One write, so that lines of processes do not mix.
+        sys.stdout.write(f"{place} {share}\\n")
+        sys.stdout.flush()
+        mode = sys.argv[1:]
+        if mode and job.rank == int(mode[1]):
+            if mode[0] == "exit": os._exit(int(mode[2]))
+            if mode[0] == "kill": os.kill(os.getpid(), signal.SIGKILL)
+            if mode[0] == "node": os.kill(os.getppid(), signal.SIGKILL); os._exit(1)
+        while mode: distributed.any_process(False); time.sleep(0.02)
+sys.exit(program.exit_code(run))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """What ranks run; with `exit R CODE`, `kill R` or `node R` rank R fails."""
+    (tmp_path / "rank.py").write_text(RANK)
+    return tmp_path / "rank.py"
+
+
+def start(argv: list[str], **env: str) -> "subprocess.Popen[str]":
+    """tml.torchrun with an environment of its own."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("PET_", "OMP_", "TML_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tml.torchrun", *argv],
+        env={**kept, "PYTHONPATH": str(REPOSITORY), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_node(
+    number: int, port: int, argv: list[str], conf: str = "", **env: str
+) -> "subprocess.Popen[str]":
+    """A node on this machine, as a container of a job has it; 0 is the chief."""
+    settings = {
+        "PET_NNODES": "2",
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "PET_RDZV_ID": "job",
+        "PET_RDZV_CONF": f"is_host={str(number == 0).lower()}{conf}",
+        "TML_MACHINE_SHARE": "2",
+    }
+    return start(argv, **{name: value for name, value in {**settings, **env}.items() if value})
+
+
+def ends(*nodes: "subprocess.Popen[str]") -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each."""
+    told = [node.communicate(timeout=120) for node in nodes]
+    return [(node.returncode, *words) for node, words in zip(nodes, told, strict=True)]
+
+
+def test_one_node_of_one_process_is_the_default(script: Path) -> None:
+    ((code, output, errors),) = ends(start([str(script)]))
+    processors = len(os.sched_getaffinity(0))
+    assert (code, errors) == (0, "")
+    assert output == f"rank 0 of 1 node 0 ('{processors}', 'PASSIVE')\n"
+
+
+def test_flags_and_variables_of_torchrun_still_count(script: Path) -> None:
+    by_flag = start(["--standalone", "--nproc_per_node", "2", str(script)])
+    by_variable = start([str(script)], PET_NPROC_PER_NODE="2", OMP_NUM_THREADS="7")
+    for code, output, errors in ends(by_flag, by_variable):
+        assert (code, errors) == (0, "")
+        assert sorted(line[:13] for line in output.splitlines()) == [
+            "rank 0 of 2 n",
+            "rank 1 of 2 n",
+        ]
+    assert "('7', 'PASSIVE')" in output
+
+
+def test_one_node_meets_nobody_whatever_it_is_told(script: Path) -> None:
+    node = start_node(0, free_port(), [str(script)], PET_NNODES="1")
+    assert [code for code, _, _ in ends(node)] == [0]
+
+
+def test_two_nodes_train_quietly_with_the_chief_as_rank_0(script: Path) -> None:
+    port = free_port()
+    worker = start_node(1, port, [str(script)])
+    time.sleep(1.0)  # It waits for the chief.
+    chief = start_node(0, port, [str(script)])
+    (code, output, errors), other = ends(chief, worker)
+    assert (code, errors, other[0], other[2]) == (0, "", 0, "")
+    assert output.startswith("rank 0 of 2 node 0")
+    assert other[1].startswith("rank 1 of 2 node 1")
+    assert "('1', " in output  # Two processors at the most, shared by two.
+
+
+def test_under_compose_the_number_of_workers_says_how_many_nodes(script: Path) -> None:
+    port = free_port()
+    env = {"PET_NNODES": "", "TML_MACHINE_SHARE": "", "TML_WORKERS": "1"}
+    nodes = [start_node(number, port, [str(script)], **env) for number in (0, 1)]
+    assert [code for code, _, _ in ends(*nodes)] == [0, 0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_every_node_ends_with_the_status_of_the_first_to_fail(script: Path, failing: int) -> None:
+    port = free_port()
+    argv = [str(script), "exit", str(failing), "7"]
+    nodes = [start_node(number, port, argv) for number in (0, 1)]
+    ended = ends(*nodes)
+    assert [code for code, _, _ in ended] == [7, 7]
+    assert "Traceback" not in ended[0][2] + ended[1][2]
+    other = ended[1 - failing][2]
+    assert f"process {1 - failing} lost the connection to another process of the job" in other
+    assert "failed with exit status 7" in other
+    assert ended[failing][2] == ""
+
+
+def test_a_killed_process_is_named(script: Path) -> None:
+    port = free_port()
+    nodes = [start_node(number, port, [str(script), "kill", "1"]) for number in (0, 1)]
+    chief, worker = ends(*nodes)
+    assert (chief[0], worker[0]) == (137, 137)
+    assert worker[2] == "error: process 1 was ended by SIGKILL\n"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_node_that_vanished_is_told_from_one_that_failed(script: Path, failing: int) -> None:
+    port = free_port()
+    argv = [str(script), "node", str(failing)]
+    ended = ends(*(start_node(number, port, argv) for number in (0, 1)))
+    assert [code for code, _, _ in ended] == ([-9, 3] if failing == 0 else [3, -9])
+    said = ended[1 - failing][2]
+    assert "lost the connection to another process" in said
+    assert "frame #" not in said
+
+
+def test_a_chief_that_does_not_come_is_named_with_its_address(script: Path) -> None:
+    node = start_node(
+        1, 29500, [str(script)], ",join_timeout=1", PET_RDZV_ENDPOINT="chief.invalid:29500"
+    )
+    ((code, _, errors),) = ends(node)
+    assert code == 2
+    assert "the chief cannot be reached at chief.invalid:29500 after" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_workers_that_do_not_come_are_counted(script: Path) -> None:
+    port = free_port()
+    env = {"PET_NNODES": "3"}
+    nodes = [start_node(n, port, [str(script)], ",join_timeout=6", **env) for n in (0, 1)]
+    chief, worker = ends(*nodes)
+    assert (chief[0], worker[0]) == (2, 2)
+    assert "waiting for workers: 1 of 2 joined after 3 s" in chief[2]
+    assert "error: 1 of 2 workers joined after 6 s" in chief[2]
+    assert "error: 1 of 2 workers joined after 6 s" in worker[2]
+
+
+def test_more_workers_than_compose_was_told_of_end_the_job(script: Path) -> None:
+    port = free_port()
+    env = {"PET_NNODES": "", "TML_WORKERS": "1"}
+    argv = [str(script), "exit", "9", "0"]
+    nodes = [start_node(number, port, argv, **env) for number in (0, 1, 2)]
+    ended = ends(*nodes)
+    assert [code for code, _, _ in ended] == [2, 2, 2]
+    for _, _, errors in ended:
+        assert "2 workers have joined a job of 1; TML_WORKERS says how many" in errors
+        assert "compose-env --workers" in errors
+
+
+def test_a_number_that_is_none_is_refused_in_one_line(script: Path) -> None:
+    for env in ({"PET_NPROC_PER_NODE": "many"}, {"TML_WORKERS": "x"}):
+        ((code, _, errors),) = ends(start([str(script)], **env))
+        assert (code, len(errors.splitlines())) == (2, 1), errors
+
+
+def test_threads_are_shared_by_the_containers_and_limited_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(environment.TML_WORKERS, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(container, "_processor_limit", lambda: float("inf"))
+    monkeypatch.setenv(environment.TML_MACHINE_SHARE, "3")
+    assert [container.threads_of_process(n) for n in (1, 2, 5)] == [4, 2, 1]
+    monkeypatch.setattr(container, "_processor_limit", lambda: 2.5)
+    assert [container.threads_of_process(n) for n in (1, 2, 5)] == [2, 1, 1]
+    monkeypatch.undo()
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert container._processor_limit(tmp_path / "cpu.max") == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert container._processor_limit(tmp_path / "cpu.max") == float("inf")
+    assert container._processor_limit(tmp_path / "none") == float("inf")
