@@ -191,7 +191,8 @@ def shared_memory(processors: int, memory: int, shm: int = SHM_BYTES) -> Check:
     processes = min(processors, 8)
     batch = shm // (processes * LOADERS * PREFETCHED)
     text = (
-        f"{in_bytes(shm)} a container: {processes} processes × {LOADERS} data loaders × "
+        f"{in_bytes(shm)} a container: {processes} process{'es' if processes > 1 else ''} × "
+        f"{LOADERS} data loaders × "
         f"{PREFETCHED} batches of {in_bytes(batch)}"
     )
     if shm > memory // 2:

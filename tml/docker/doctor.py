@@ -117,7 +117,7 @@ def _engine_checks(engine: _Later[list[Check]], nvidia: _Later[list[str]]) -> li
         return [check for check in told if check.name != "GPUs"] + _gpus(told, nvidia)
     if engine.is_late:
         message = (
-            f"it was reached, but has not answered for {ENGINE_TIMEOUT_S:g} s\n"
+            f"it was asked and has not answered for {ENGINE_TIMEOUT_S:g} s\n"
             "sudo systemctl restart docker; journalctl -u docker says what it is busy with"
         )
     elif isinstance(engine.error, LauncherError):

@@ -128,7 +128,7 @@ COMPLETION_EXAMPLES = """examples:
   source <(.venv/bin/python -m tml.docker completion bash)
   .venv/bin/python -m tml.docker completion bash >> ~/.bashrc     for always
   .venv/bin/python -m tml.docker completion zsh >> ~/.zshrc
-  .venv/bin/python -m tml.docker completion fish > ~/.config/fish/conf.d/tml.fish
+  .venv/bin/python -m tml.docker completion fish | source
 
 It completes `python -m tml.docker`, and `tml`, a function that is short for it:
 tml run recap.

@@ -61,7 +61,7 @@ def _cut_off(ended: Ended, lines: list[str]) -> Finding | None:
     if not ended.cut_off:
         return None
     return Finding(
-        f"it was cut off from the network {ended.plan.network}",
+        "",
         f"somebody disconnected it (docker network disconnect, a firewall, a restart of the "
         f"engine's network): see `docker events --since 10m --filter network="
         f"{ended.plan.network}`, then start the job again; it goes on from its last checkpoint",

@@ -82,6 +82,8 @@ def find_culprit(ended: Sequence[Ended]) -> Ended:
 
 def _how_it_ended(ended: Ended) -> str:
     code = ended.exit_code
+    if ended.cut_off and not ended.oom_killed:
+        return f"was cut off from the network {ended.plan.network}"
     if code is None:
         return "could not be started" if ended.error else "is gone: somebody removed it"
     name = signal_name(code)
