@@ -1,13 +1,16 @@
-"""Embedding tables with their optimizer fused into the backward pass: one interface, two engines.
+"""Embedding tables with their optimizer fused into the backward pass: one interface, three engines.
 
 `FbgemmTables` holds whole tables in one process and calls FBGEMM's table-batched embedding
-directly; `ShardedTables` lets TorchRec cut the rows over the processes. Both look up `ids` (a
-tensor a table) and give rows (a tensor a table); the backward pass of those rows updates the
-tables, no optimizer step follows. A lookup without gradients updates nothing.
+directly; `ShardedTables` lets TorchRec cut the rows over the processes; `PlainTables` are torch
+tensors in one process with updates written out here, for what the others cannot do: Adam, bfloat16
+rows, tables looked up as a whole. All look up `ids` (a tensor a table) and give rows (a tensor a
+table); the backward pass of those rows updates the tables, no optimizer step follows. A lookup
+without gradients updates nothing.
 
 Initial rows depend on (seed, table, row) alone, so tables are the same however many processes hold
 them. Saved names are a promise: `tables.<name>.weight` (rows, D), and `tables.<name>.accumulator`:
-(rows,) for row-wise Adagrad, (rows, D) for Adagrad.
+(rows,) for row-wise Adagrad, (rows, D) for Adagrad; `tables.<name>.m`, `.v` (rows, D) and `.step`
+(1,) for Adam.
 """
 
 import logging
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from tml.config import ConfigError
 from tml.distributed import Job
-from tml.optimizers import Adagrad, OptimizerConfig, Sgd
+from tml.optimizers import Adagrad, Adam, OptimizerConfig, Sgd
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class TableSpec:
     num_rows: int
     dim: int
     data_type: str
-    """fp32 or fp16."""
+    """fp32, fp16 or bf16."""
     optimizer: OptimizerConfig
     init_scale: float
     """Standard deviation of the initial rows."""
@@ -49,7 +52,9 @@ class TableSpec:
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of the stored rows."""
-        return torch.float16 if self.data_type == "fp16" else torch.float32
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+            self.data_type
+        ]
 
 
 class Tables(nn.Module, ABC):
@@ -64,6 +69,12 @@ class Tables(nn.Module, ABC):
     @abstractmethod
     def forward(self, ids: Ids) -> Rows:
         """Look up; the gradient of the rows updates the tables."""
+
+    def whole(self, name: str) -> Tensor:
+        """All rows of a table (rows, D) float32; their gradient updates it, together with that of
+        rows looked up before the same backward pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives out no whole table")
 
     @abstractmethod
     def set_learning_rates(self, step: int) -> dict[str, float]:
@@ -116,27 +127,43 @@ class ArrayRows(RowSource):
         return self._rows[start:stop].float()
 
 
-def build_tables(specs: Sequence[TableSpec], job: Job, seed: int) -> Tables:
-    """Tables for this job, filled with initial rows: whole ones for a single process, else
-    sharded.
+def build_tables(
+    specs: Sequence[TableSpec], job: Job, seed: int, *, as_a_whole: bool = False
+) -> Tables:
+    """Tables for this job, filled with initial rows: whole ones for a single process, else sharded.
+    as_a_whole: `Tables.whole` will be called.
     """
     for spec in specs:
-        if spec.optimizer.kind == "adam":
-            raise ConfigError(
-                f"table {spec.name!r}: adam keeps no sparse state on a CPU; "
-                "use rowwise_adagrad, adagrad or sgd"
-            )
         if spec.optimizer.settings.weight_decay:
             raise ConfigError(
                 f"table {spec.name!r}: weight_decay "
                 f"{spec.optimizer.settings.weight_decay} would be ignored: "
                 "FBGEMM's update on a CPU has none; leave it out"
             )
-    alone = job.world_size == 1
-    tables: Tables = FbgemmTables(specs, job.device) if alone else ShardedTables(specs, job)
+    tables: Tables
+    if (reason := _why_plain(specs, as_a_whole=as_a_whole)) is None:
+        alone = job.world_size == 1
+        tables = FbgemmTables(specs, job.device) if alone else ShardedTables(specs, job)
+    elif job.world_size > 1:
+        raise ConfigError(
+            f"{reason}, which works in one process alone, not in {job.world_size}; "
+            "start one, or change it"
+        )
+    else:
+        tables = PlainTables(specs, job.device)
     for index, spec in enumerate(specs):
         tables.fill(spec.name, NormalRows(seed, index, spec))
     return tables
+
+
+def _why_plain(specs: Sequence[TableSpec], *, as_a_whole: bool) -> str | None:
+    """What asks for PlainTables; None where nothing does."""
+    for spec in specs:
+        if spec.optimizer.kind == "adam":
+            return f"table {spec.name!r} has the optimizer adam"
+        if spec.data_type == "bf16":
+            return f"table {spec.name!r} has the data type bf16"
+    return "all rows of a table are looked up (all negatives)" if as_a_whole else None
 
 
 class FbgemmTables(Tables):
@@ -219,6 +246,148 @@ class FbgemmTables(Tables):
 
     def _engine(self, name: str) -> Any:
         return self._engines[self._number[name]]
+
+
+class PlainTables(Tables):
+    """Whole tables in one process as torch tensors."""
+
+    def __init__(self, specs: Sequence[TableSpec], device: torch.device) -> None:
+        super().__init__(specs)
+        self._tables = {spec.name: _PlainTable(spec, device) for spec in self.specs}
+
+    def forward(self, ids: Ids) -> Rows:
+        """Look up; see Tables."""
+        return {spec.name: self._tables[spec.name].look_up(ids[spec.name]) for spec in self.specs}
+
+    def whole(self, name: str) -> Tensor:
+        """See Tables."""
+        return self._tables[name].look_up(None)
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """See Tables."""
+        for table in self._tables.values():
+            table.learning_rate = table.spec.optimizer.learning_rate_at(step)
+        return {name: table.learning_rate for name, table in self._tables.items()}
+
+    def state(self) -> dict[str, Any]:
+        """See Tables."""
+        return {
+            f"tables.{name}.{key}": tensor
+            for name, table in self._tables.items()
+            for key, tensor in {"weight": table.weight, **table.state}.items()
+        }
+
+    def fill(self, name: str, rows: RowSource) -> None:
+        """See Tables."""
+        _copy_rows(self._tables[name].weight, rows, 0)
+
+
+class _PlainTable:
+    """One table and its optimizer, which changes the rows that have a gradient, and their state,
+    alone.
+    """
+
+    def __init__(self, spec: TableSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.learning_rate = spec.optimizer.learning_rate_at(0)
+        shape = (spec.num_rows, spec.dim)
+        self.weight = torch.zeros(shape, dtype=spec.dtype, device=device)
+        sizes: dict[str, dict[str, tuple[int, ...]]] = {
+            "sgd": {},
+            "adagrad": {"accumulator": shape},
+            "rowwise_adagrad": {"accumulator": shape[:1]},
+            "adam": {"m": shape, "v": shape, "step": (1,)},
+        }
+        self.state = {
+            name: torch.zeros(size, device=device)
+            for name, size in sizes[spec.optimizer.kind].items()
+        }
+        # What autograd sees in place of the weight: a leaf of its shape that takes no memory, and
+        # whose gradient is float32 whatever the rows are stored as. All gradients of one backward
+        # pass come together in it, then the update runs, once.
+        self._leaf = torch.zeros(1, device=device).expand(shape).requires_grad_()
+        self._leaf.register_post_accumulate_grad_hook(self._update)
+
+    def look_up(self, ids: Tensor | None) -> Tensor:
+        """Rows (n, D) float32, all of them where ids is None."""
+        rows = _PlainRows.apply(self._leaf, self.weight, ids)  # type: ignore[no-untyped-call]
+        assert isinstance(rows, Tensor)
+        return rows
+
+    @torch.no_grad()
+    def _update(self, leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        if not gradient.is_sparse:
+            self._update_rows(None, gradient)
+            return
+        gradient = gradient.coalesce()
+        if len(rows := gradient.indices()[0]):
+            self._update_rows(rows, gradient.values())
+
+    def _update_rows(self, rows: Tensor | None, gradient: Tensor) -> None:
+        """Change `rows` (n,), all where None, by their gradient (n, D)."""
+        step = self._step(rows, gradient)
+        if rows is None and self.weight.dtype == step.dtype:
+            self.weight.sub_(step)
+        elif rows is None:
+            self.weight.copy_(self.weight.float() - step)
+        else:
+            self.weight[rows] = (self.weight[rows].float() - step).to(self.weight.dtype)
+
+    def _step(self, rows: Tensor | None, gradient: Tensor) -> Tensor:
+        """What is subtracted from the rows."""
+        settings = self.spec.optimizer.settings
+        if isinstance(settings, Sgd):
+            return gradient * self.learning_rate
+        if isinstance(settings, Adagrad):
+            square = gradient.square()
+            if self.spec.optimizer.kind == "rowwise_adagrad":
+                square = square.mean(dim=1)
+            root = self._state_plus(rows, "accumulator", square, 1.0, 1.0).sqrt() + settings.eps
+            root = root.unsqueeze(1) if root.dim() == 1 else root
+            return gradient / root * self.learning_rate
+        assert isinstance(settings, Adam)
+        self.state["step"] += 1
+        beta_1, beta_2 = settings.beta_1, settings.beta_2
+        updates = int(self.state["step"])
+        m = self._state_plus(rows, "m", gradient, beta_1, 1 - beta_1) / (1 - beta_1**updates)
+        v = self._state_plus(rows, "v", gradient.square(), beta_2, 1 - beta_2)
+        root = (v / (1 - beta_2**updates)).sqrt() + settings.epsilon
+        return m / root * self.learning_rate
+
+    def _state_plus(
+        self, rows: Tensor | None, name: str, change: Tensor, keep: float, share: float
+    ) -> Tensor:
+        """Make the rows of a state keep · state + share · change; returns them."""
+        state = self.state[name]
+        if rows is None:
+            state *= keep
+            return state.add_(change, alpha=share)
+        changed: Tensor = state[rows] * keep + change * share
+        state[rows] = changed
+        return changed
+
+
+class _PlainRows(torch.autograd.Function):
+    """Rows of a weight as float32; their gradient goes to `leaf`, sparse, or dense for all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
+        ctx.shape = weight.shape
+        ctx.ids = ids
+        if ids is None:
+            return weight.detach() if weight.dtype == torch.float32 else weight.float()
+        return weight.index_select(0, ids).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.ids is None:
+            return gradient, None, None
+        sparse = torch.sparse_coo_tensor(
+            ctx.ids.unsqueeze(0), gradient, ctx.shape, check_invariants=False
+        )
+        return sparse, None, None
 
 
 class ShardedTables(Tables):
@@ -384,4 +553,18 @@ def _copy_rows(weight: Tensor, rows: RowSource, first_row: int) -> None:
     """Fill `weight`, whose first row is the table's row `first_row`, block by block."""
     for start in range(0, len(weight), INIT_BLOCK_ROWS):
         stop = min(start + INIT_BLOCK_ROWS, len(weight))
-        weight[start:stop].copy_(rows(first_row + start, first_row + stop))
+        block = rows(first_row + start, first_row + stop)
+        weight[start:stop].copy_(block)
+        if weight.dtype == torch.float16:
+            _refuse_overflow(block, first_row + start)
+
+
+def _refuse_overflow(rows: Tensor, first_row: int) -> None:
+    largest = torch.finfo(torch.float16).max
+    outside = rows.abs() > largest
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ConfigError(
+            f"row {first_row + row} holds {rows[row, column]:g}, and fp16 ends at {largest:,.0f}; "
+            "set data_type to fp32 or bf16"
+        )

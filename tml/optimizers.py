@@ -6,7 +6,8 @@ their engine (`tml.embeddings`, fused into the backward pass), dense parameters 
 """
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -193,6 +194,35 @@ def build_dense_optimizer(
         )
     return torch.optim.Adagrad(
         parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def dense_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Saved name → state tensor of the named parameters: `<name>_accumulator` of Adagrad,
+    `<name>_m`, `_v` and `_step` of Adam; made where the optimizer has not made it yet, so that a
+    checkpoint can be read into it before the first step.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if isinstance(optimizer, torch.optim.Adam):
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            keys = {"m": "exp_avg", "v": "exp_avg_sq", "step": "step"}
+        else:
+            keys = {"accumulator": "sum"} if isinstance(optimizer, torch.optim.Adagrad) else {}
+        found |= {f"{name}_{suffix}": state[key] for suffix, key in keys.items()}
+    return found
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Whether a saved name is that of an optimizer's state, of a table or of dense parameters."""
+    return name.endswith(("accumulator", "_m", "_v", "_step")) or bool(
+        re.fullmatch(r"tables\..*\.(m|v|step)", name)
     )
 
 

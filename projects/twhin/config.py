@@ -2,18 +2,25 @@
 
 The keys of the published local.yaml are all here; what this program adds has a default. Rules
 between fields are checked where they meet: tables of one dimension and one data type, relations
-between known tables.
+between known tables, operators that the dimension allows, candidates that fit into memory.
 """
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
+from projects.twhin.comparators import Comparator
+from projects.twhin.operators import Operator
 from projects.twhin.planted import PlantedConfig
 from tml import train
 from tml.config import Config
 from tml.optimizers import OptimizerConfig
+
+BIAS = ".bias"
+"""What is added to a table's name for the table of its entities' biases."""
+MAX_SCORES = 1 << 29
+"""Scores of one step of one process at most, where all rows are candidates: 2 GiB of float32."""
 
 
 class RuntimeConfig(Config):
@@ -45,10 +52,14 @@ class TableConfig(Config):
     """Rows: ids run from 0 to num_embeddings − 1."""
     embedding_dim: int = Field(gt=0, multiple_of=4)
     """Dimension D, the same in all tables; FBGEMM wants multiples of 4."""
-    data_type: Literal["fp32", "fp16"] = "fp32"
-    """Storage of the vectors, the same in all tables."""
+    data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Storage of the vectors, the same in all tables. fp16 holds numbers up to 65,504; bf16 has the
+    range of fp32 and 8 bits of precision, in one process alone.
+    """
     optimizer: OptimizerConfig = OptimizerConfig.model_validate({"rowwise_adagrad": {"lr": 0.1}})
-    """What updates the rows that a batch touches."""
+    """What updates the rows that a batch touches: sgd, adagrad, rowwise_adagrad, or in one process
+    adam, whose moments are those of the touched rows alone.
+    """
     pretrained: str | None = None
     """Vectors to start from: an .npy file of shape (num_embeddings, embedding_dim)."""
     vocab: str | None = None
@@ -61,7 +72,7 @@ class TableDefaults(Config):
     """Values for tables that leave them out."""
 
     embedding_dim: int | None = Field(default=None, gt=0, multiple_of=4)
-    data_type: Literal["fp32", "fp16"] | None = None
+    data_type: Literal["fp32", "fp16", "bf16"] | None = None
     optimizer: OptimizerConfig | None = None
 
 
@@ -104,8 +115,18 @@ class RelationConfig(Config):
     """Table of the left-hand entity."""
     rhs: str
     """Table of the right-hand entity."""
-    operator: Literal["translation", "identity"] = "translation"
-    """translation: score (θ_s + θ_r)·θ_t; identity: θ_s·θ_t."""
+    operator: Operator = "translation"
+    """What is done to the left-hand vector θ_s before it is compared with θ_t: identity nothing;
+    translation θ_s + b_r; diagonal d_r ⊙ θ_s (DistMult); linear A_r θ_s (RESCAL); affine
+    A_r θ_s + b_r; complex_diagonal c_r ⊙ θ_s over the complex numbers (ComplEx), the first half of
+    a vector being real parts, the second imaginary ones.
+    """
+    weight: PositiveFloat = 1.0
+    """What an edge of it counts in the loss."""
+    sampling_rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of its training edges that an epoch uses, drawn anew each time; those left out count as
+    edges of loss 0.
+    """
 
 
 class SoftmaxConfig(Config):
@@ -114,18 +135,47 @@ class SoftmaxConfig(Config):
     temperature: PositiveFloat = 1.0
     """Scores are divided by it."""
 
+    log_q: bool = False
+    """Subtract from a negative's score the log of how often it is expected among the drawn ones, so
+    that the sum over negatives estimates that over all entities without bias; needs
+    global_negatives alone.
+    """
+
 
 class LogisticConfig(Config):
     """−log σ(f(e)) − Σ log σ(−f(e′)) over the negatives e′ of e, both sides (TwHIN, equation 3)."""
+
+    negatives: Literal["sum", "mean"] = "sum"
+    """mean: the mean over an edge's negatives in place of their sum, as in PyTorch-BigGraph."""
+
+
+class MarginRankingConfig(Config):
+    """Σ max(0, margin − f(e) + f(e′)) over the negatives e′ of e, both sides (TransE)."""
+
+    margin: PositiveFloat = 0.1
+    """By how much a positive must be above a negative."""
 
 
 class LossConfig(Config):
     """Training objective: exactly one."""
 
-    exactly_one_of: ClassVar = (("logistic", "softmax"),)
+    exactly_one_of: ClassVar = (("logistic", "softmax", "margin_ranking"),)
 
     logistic: LogisticConfig | None = None
     softmax: SoftmaxConfig | None = None
+    margin_ranking: MarginRankingConfig | None = None
+
+
+class RegularizationConfig(Config):
+    """Penalties on what a batch looks up, added to each edge's loss: λ Σ |θ|^p over the vectors of
+    its two entities and the parameters of its relation, complex numbers by their modulus. With
+    reciprocal relations once for each direction.
+    """
+
+    l2: NonNegativeFloat = 0.0
+    """λ of p = 2."""
+    n3: NonNegativeFloat = 0.0
+    """λ of p = 3, the nuclear 3-norm (arXiv 1806.07297, equation 4)."""
 
 
 class ModelConfig(Config):
@@ -134,10 +184,45 @@ class ModelConfig(Config):
     embeddings: EmbeddingsConfig
     relations: list[RelationConfig] = Field(min_length=1)
     translation_optimizer: OptimizerConfig = OptimizerConfig.model_validate({"sgd": {"lr": 0.05}})
-    """Updates the relation vectors θ_r."""
+    """Updates the relations' parameters: sgd, adagrad or adam."""
+    operator: Operator | None = None
+    """Operator of all relations, in place of their own: for relations that `--graph` brings."""
+    comparator: Comparator = "dot"
+    """How alike op_r(θ_s) and θ_t are: dot, cosine, l2 (−‖a − b‖, with translation TransE) or
+    squared_l2 (−‖a − b‖²).
+    """
+    reciprocal: bool = False
+    """Give each relation a second set of parameters for its inverse: heads are then asked for as
+    tails of the inverse relation, op_r⁻¹(θ_t) compared with θ_s (arXiv 1806.07297).
+    """
+    biases: bool = False
+    """Add to a score the biases of its two entities, which start at 0 and learn by their table's
+    optimizer.
+    """
     loss: LossConfig = LossConfig(logistic=LogisticConfig())
+    regularization: RegularizationConfig = RegularizationConfig()
+    embedding_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the numbers of the looked-up vectors that are set to 0 in training, the others made
+    larger accordingly.
+    """
     init_scale: PositiveFloat | None = None
-    """Standard deviation of the initial vectors, relation vectors start at 0. Unset: 1/√D."""
+    """Standard deviation of the initial vectors. Unset: 1/√D."""
+    relation_init_scale: PositiveFloat | None = None
+    """Standard deviation of the relations' initial parameters. Unset: each operator starts as the
+    identity, which ComplEx and DistMult do not learn well from.
+    """
+
+    @validator(mode="before")
+    @classmethod
+    def _fill_operator(cls, tree: Any) -> Any:
+        operator = tree.get("operator") if isinstance(tree, dict) else None
+        if operator is None or not isinstance(tree.get("relations"), list):
+            return tree
+        relations = [
+            {**relation, "operator": operator} if isinstance(relation, dict) else relation
+            for relation in tree["relations"]
+        ]
+        return {**tree, "relations": relations}
 
     @validator(mode="after")
     def _check(self) -> Self:
@@ -150,11 +235,21 @@ class ModelConfig(Config):
                         f"relations.{index}.{side}: relation {relation.name!r} names the table "
                         f"{table!r}; there are {', '.join(tables)}"
                     )
+        self._check_operators()
+        if self.biases and (doubles := {f"{name}{BIAS}" for name in tables} & set(tables)):
+            raise ValueError(f"biases: the table name {min(doubles)!r} is needed for them")
         if self.translation_optimizer.kind == "rowwise_adagrad":
             raise ValueError("translation_optimizer: rowwise_adagrad is for tables; use adagrad")
-        if self.translation_optimizer.kind == "adam":
-            raise ValueError("translation_optimizer: adam is not supported; use adagrad or sgd")
         return self
+
+    def _check_operators(self) -> None:
+        dim = self.embeddings.tables[0].embedding_dim
+        for index, relation in enumerate(self.relations):
+            if relation.operator == "complex_diagonal" and dim % 8:
+                raise ValueError(
+                    f"relations.{index}.operator: complex_diagonal of relation {relation.name!r} "
+                    f"needs an embedding_dim that is a multiple of 8, not {dim}"
+                )
 
 
 class DataConfig(Config):
@@ -170,6 +265,14 @@ class DataConfig(Config):
     """Negatives of a side taken from edges of the same relation in the batch: up to so many."""
     chunk_size: PositiveInt = 100
     """Edges that share their global negatives, so that scores are matrix products."""
+    degree_power: float = Field(default=0.0, ge=0, le=1)
+    """α: global negatives are drawn with probability ∝ (1 + d)^α, d being an entity's number of
+    training edges on that side of the relations between the same tables. 0: uniformly.
+    """
+    all_negatives: bool = False
+    """Compare each edge with all rows of the side's table (1-vs-all) in place of drawn negatives;
+    for tables of some ten thousand rows, in one process.
+    """
     limit: PositiveInt | None = None
     """Edges read at most, after the offset. Unset: all."""
     offset: NonNegativeInt = 0
@@ -224,9 +327,40 @@ class TwhinConfig(Config):
                     f"evaluation.relations: unknown relation {name!r}; there are {', '.join(known)}"
                 )
         data = self.train_data
-        if not data.global_negatives and not data.in_batch_negatives:
-            raise ValueError("train_data: set global_negatives or in_batch_negatives above 0")
+        sampled = bool(data.global_negatives or data.in_batch_negatives)
+        if not sampled and not data.all_negatives:
+            raise ValueError(
+                "train_data: set global_negatives or in_batch_negatives above 0, or all_negatives"
+            )
+        for where, one in (("train_data", data), ("validation_data", self.validation_data)):
+            if one is not None and one.all_negatives:
+                self._check_all_negatives(where, one)
+                if not data.all_negatives:
+                    raise ValueError(f"{where}.all_negatives: train_data must have it too")
+        softmax = self.model.loss.softmax
+        only_drawn = not data.in_batch_negatives and not data.all_negatives
+        if softmax is not None and softmax.log_q and not only_drawn:
+            raise ValueError(
+                "model.loss.softmax.log_q: only negatives that are drawn can be corrected; use "
+                "train_data.global_negatives alone"
+            )
         return self
+
+    def _check_all_negatives(self, where: str, data: DataConfig) -> None:
+        if data.global_negatives or data.in_batch_negatives:
+            raise ValueError(
+                f"{where}: all_negatives takes the place of drawn negatives; "
+                "set global_negatives and in_batch_negatives to 0"
+            )
+        table = max(self.model.embeddings.tables, key=lambda table: table.num_embeddings)
+        edges = data.per_replica_batch_size * (self.training.gradient_accumulation or 1)
+        if (scores := edges * table.num_embeddings) > MAX_SCORES:
+            raise ValueError(
+                f"{where}.all_negatives: {edges:,} edges a batch × {table.num_embeddings:,} rows "
+                f"of table {table.name!r} are {scores:,} scores, more than {MAX_SCORES:,}; make "
+                f"per_replica_batch_size {MAX_SCORES // table.num_embeddings:,} at most, or use "
+                "global_negatives"
+            )
 
 
 def _refuse_doubles(what: str, names: list[str]) -> None:

@@ -6,9 +6,10 @@ list of groups, the edges of one pair of tables, sorted by relation; a group's i
 negatives are looked up in one go per table.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from projects.twhin.config import DataConfig, ModelConfig
+from projects.twhin.negatives import NegativeSampler
 from tml.data.parquet import Columns, DataError, ParquetRows, Position, Reader, ShuffledReader
 from tml.distributed import Job
 
@@ -40,23 +42,17 @@ class Group:
     rhs: Tensor  # (n,) rows of rhs_table
     lhs_negatives: Tensor  # (chunks, K) rows of lhs_table
     rhs_negatives: Tensor  # (chunks, K) rows of rhs_table
+    lhs_log_counts: Tensor | None = None  # (chunks, K) logs of how often they are expected
+    rhs_log_counts: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """The group on `device`."""
-        return type(self)(
-            self.lhs_table,
-            self.rhs_table,
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (
-                    self.relation,
-                    self.lhs,
-                    self.rhs,
-                    self.lhs_negatives,
-                    self.rhs_negatives,
-                )
-            ),
-        )
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
 
     def lookups(self) -> list[tuple[str, Tensor]]:
         """(table, ids) of each set of vectors that the scores need: lhs, rhs, lhs and rhs
@@ -105,8 +101,40 @@ class EdgeLayout:
         pairs = [(relation.lhs, relation.rhs) for relation in model.relations]
         self.pairs = list(dict.fromkeys(pairs))
         self.pair_of = np.array([self.pairs.index(pair) for pair in pairs])
+        self.sampling_rates = np.array([relation.sampling_rate for relation in model.relations])
+        softmax = model.loss.softmax
+        self.corrects = softmax is not None and softmax.log_q
+        self._samplers: dict[tuple[int, int, float], NegativeSampler] = {}
+        self._degrees: dict[tuple[int, int], Ints] = {}
         self._lhs_rows = np.array([self.num_rows[relation.lhs] for relation in model.relations])
         self._rhs_rows = np.array([self.num_rows[relation.rhs] for relation in model.relations])
+
+    def count_degrees(self, config: DataConfig) -> None:
+        """Count each entity's edges of `config`, by pair of tables and side, where negatives are
+        drawn by them.
+        """
+        if not config.degree_power or not config.global_negatives:
+            return
+        rows = ParquetRows(config.data_root, COLUMNS, config.offset, config.limit)
+        for number, tables in enumerate(self.pairs):
+            for side in (0, 1):
+                self._degrees[number, side] = np.zeros(self.num_rows[tables[side]], np.int64)
+        for piece in rows.pieces:
+            columns = rows.read(piece)
+            self.check(columns, piece.path, piece.file_row)
+            pair = self.pair_of[columns["rel"]]
+            for (number, side), degrees in self._degrees.items():
+                ids = columns[("lhs", "rhs")[side]][pair == number]
+                degrees += np.bincount(ids, minlength=len(degrees))
+
+    def sampler(self, pair: int, side: int, power: float) -> NegativeSampler:
+        """What draws the negatives of one side (0 or 1) of a pair of tables."""
+        key = (pair, side, power)
+        if key not in self._samplers:
+            table = self.pairs[pair][side]
+            degrees = self._degrees.get((pair, side))
+            self._samplers[key] = NegativeSampler(self.num_rows[table], degrees, power)
+        return self._samplers[key]
 
     def check(self, columns: Columns, path: str, first_row: int) -> None:
         """Refuse ids out of range; they would be read as another entity's row, or crash."""
@@ -171,9 +199,10 @@ def to_batch(
     generator: np.random.Generator,
     num_edges_all: int,
 ) -> EdgeBatch:
-    """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with uniform negatives for each side
-    and chunk.
+    """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with drawn negatives for each side
+    and chunk. Relations of a sampling rate below 1 lose edges first.
     """
+    columns = _sample(columns, layout, generator)
     relation = columns["rel"]
     order = np.lexsort((relation, layout.pair_of[relation]))
     lhs, relation, rhs = columns["lhs"][order], relation[order], columns["rhs"][order]
@@ -184,6 +213,14 @@ def to_batch(
         lhs_table, rhs_table = layout.pairs[number]
         chunks = -(-(stop - start) // config.chunk_size)
         shape = (chunks, config.global_negatives)
+        samplers = [layout.sampler(int(number), side, config.degree_power) for side in (0, 1)]
+        negatives = [sampler.draw(generator, shape) for sampler in samplers]
+        log_counts: list[Tensor | None] = [None, None]
+        if layout.corrects:
+            log_counts = [
+                torch.from_numpy(sampler.log_counts(drawn, config.global_negatives))
+                for sampler, drawn in zip(samplers, negatives, strict=True)
+            ]
         groups.append(
             Group(
                 lhs_table,
@@ -191,11 +228,20 @@ def to_batch(
                 torch.from_numpy(relation[start:stop]),
                 torch.from_numpy(lhs[start:stop]),
                 torch.from_numpy(rhs[start:stop]),
-                torch.from_numpy(generator.integers(layout.num_rows[lhs_table], size=shape)),
-                torch.from_numpy(generator.integers(layout.num_rows[rhs_table], size=shape)),
+                torch.from_numpy(negatives[0]),
+                torch.from_numpy(negatives[1]),
+                *log_counts,
             )
         )
     return EdgeBatch(tuple(groups), num_edges_all)
+
+
+def _sample(columns: Columns, layout: EdgeLayout, generator: np.random.Generator) -> Columns:
+    """Each edge with its relation's sampling rate."""
+    if (layout.sampling_rates == 1).all():
+        return columns
+    kept = generator.random(len(columns["rel"])) < layout.sampling_rates[columns["rel"]]
+    return {name: values[kept] for name, values in columns.items()}
 
 
 def _check_range(

@@ -2,8 +2,11 @@
 entity.
 
 Files: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the table has a
-vocabulary), vector (list of D float32), and `<folder>/relations.parquet` with columns id, relation,
-vector (θ_r).
+vocabulary), bias (float32; where the model has them), vector (list of D float32), and
+`<folder>/relations.parquet` with columns id, relation, operator, vector (b_r, d_r or c_r of the
+operator, 0 where it has none); for linear and affine operators `relation_matrices.parquet`, whose
+vector is A_r row by row. With reciprocal relations those of the inverse directions follow, named
+`<relation>:inverse`.
 
     python projects/twhin/export.py --run=RUN_FOLDER [--step=N] [--output=FOLDER]
 """
@@ -14,13 +17,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
-from projects.twhin.model import Vectors
+from projects.twhin.model import Vectors, saved_names
+from projects.twhin.operators import PARAMETERS
 from tml import checkpoint
 from tml.config import ConfigError, load_config
 from tml.data.parquet import DataError, ParquetRows
@@ -30,10 +36,14 @@ BLOCK_ROWS = 1 << 16
 
 def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
     """All vectors of a complete step folder as float32."""
-    weights = {table.name: f"tables.{table.name}.weight" for table in config.embeddings.tables}
-    saved = checkpoint.load_whole(folder, [*weights.values(), "translations"])
-    tables = {table: saved[name].float() for table, name in weights.items()}
-    return Vectors(tables, saved["translations"], list(config.relations))
+    names = saved_names(config)
+    saved = checkpoint.load_whole(folder, names)
+    if missing := [name for name in names if name not in saved]:
+        raise checkpoint.CheckpointError(
+            f"checkpoint {folder} has no {', '.join(missing)}: it is of another model than its "
+            "config; train again"
+        )
+    return Vectors.from_saved(config, saved)
 
 
 def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[Path]:
@@ -52,9 +62,11 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
         for table in config.embeddings.tables:
             names = _read_vocabulary(table)
             path = temporary / f"{table.name}.parquet"
-            _write(path, vectors.tables[table.name], "entity", names)
-        relations = [relation.name for relation in config.relations]
-        _write(temporary / "relations.parquet", vectors.translations, "relation", relations)
+            columns: dict[str, Any] = {} if names is None else {"entity": names}
+            if table.name in vectors.biases:
+                columns["bias"] = vectors.biases[table.name].numpy()
+            _write(path, vectors.tables[table.name], columns)
+        _write_relations(vectors, config, temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
@@ -132,23 +144,43 @@ def _read_vocabulary(table: TableConfig) -> list[str] | None:
     return names
 
 
-def _write(path: Path, rows: Tensor, name_column: str, names: list[str] | None) -> None:
-    """Rows (N, D) float32 with their numbers and, where known, names; in blocks, so that memory
-    stays flat.
+def _write_relations(vectors: Vectors, config: ModelConfig, folder: Path) -> None:
+    """One row a relation, those of inverse relations behind."""
+    names = [relation.name for relation in config.relations]
+    if config.reciprocal:
+        names += [f"{name}:inverse" for name in names]
+    kinds = vectors.operators.kinds
+    parameters = {name: p.detach() for name, p in vectors.operators.named_parameters()}
+    rows = torch.zeros(len(kinds), vectors.operators.dim)
+    for number, kind in enumerate(kinds):
+        for name in PARAMETERS[kind]:
+            if name != "matrices":
+                rows[number] = parameters[name][number]
+    columns = {"relation": names, "operator": list(kinds)}
+    _write(folder / "relations.parquet", rows, columns)
+    if "matrices" in parameters:
+        _write(folder / "relation_matrices.parquet", parameters["matrices"].flatten(1), columns)
+
+
+def _write(path: Path, rows: Tensor, columns: dict[str, Any]) -> None:
+    """Rows (N, D) float32 with their numbers and other columns of N values; in blocks, so that
+    memory stays flat.
     """
     dim = rows.shape[1]
-    fields = [pa.field("id", pa.int64()), pa.field("vector", pa.list_(pa.float32(), dim))]
-    if names is not None:
-        fields.insert(1, pa.field(name_column, pa.string()))
-    schema = pa.schema(fields)
+    vector = pa.list_(pa.float32(), dim)
+    fields = [pa.field("id", pa.int64())]
+    for name in columns:
+        fields.append(pa.field(name, pa.float32() if name == "bias" else pa.string()))
+    schema = pa.schema([*fields, pa.field("vector", vector)])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS].contiguous().cpu().numpy()
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim)
-            columns = [pa.array(range(start, start + len(block)), pa.int64()), vectors]
-            if names is not None:
-                columns.insert(1, pa.array(names[start : start + len(block)], pa.string()))
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            stop = start + len(block)
+            arrays = [pa.array(range(start, stop), pa.int64())]
+            for field, values in zip(fields[1:], columns.values(), strict=True):
+                arrays.append(pa.array(values[start:stop], field.type))
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim))
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,42 @@
-"""TwHIN: translated embeddings of a typed graph (arXiv 2202.05387), its training loss and its
-scores.
+"""TwHIN: embeddings of a typed graph (arXiv 2202.05387), its training loss and its trained vectors.
 
-Score of an edge: f(s, r, t) = (θ_s + θ_r)·θ_t. Corrupted tails are scored (θ_s + θ_r)·θ_t′,
-corrupted heads (θ_s′ + θ_r)·θ_t = θ_s′·θ_t + θ_r·θ_t: in both, a row of queries times candidates
-plus a number a row, so the edges of a chunk and its shared negatives make one matrix product
-(PyTorch-BigGraph, arXiv 1903.12287, section 4.3).
+What scores an edge is in `scoring`; here are the looked-up vectors of a batch, the negatives of
+each side with accidental hits masked, and the loss of both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projects.twhin.config import DataConfig, LossConfig, ModelConfig, RelationConfig
+from projects.twhin.config import BIAS, DataConfig, LossConfig, ModelConfig
 from projects.twhin.data import EdgeBatch, Group
+from projects.twhin.operators import Operators, modulus
+from projects.twhin.scoring import Entities, Queries, Scoring, chunked
 from tml import losses
+from tml.distributed import Job
 from tml.embeddings import Tables, TableSpec
+from tml.optimizers import build_dense_optimizer, dense_state
+
+BIAS_DIM = 4
+"""FBGEMM wants multiples of 4; the first number is the bias."""
+SINGULAR = {
+    "translations": "translation",
+    "diagonals": "diagonal",
+    "matrices": "matrix",
+    "complex_diagonals": "complex_diagonal",
+}
+"""How the optimizer's state of each parameter begins: translation_accumulator."""
 
 
 def table_specs(config: ModelConfig) -> list[TableSpec]:
-    """The tables of the model."""
-    return [
+    """The tables of the model; those of biases come last."""
+    tables = config.embeddings.tables
+    vectors = [
         TableSpec(
             name=table.name,
             num_rows=table.num_embeddings,
@@ -31,154 +45,301 @@ def table_specs(config: ModelConfig) -> list[TableSpec]:
             optimizer=table.optimizer,
             init_scale=config.init_scale or table.embedding_dim**-0.5,
         )
-        for table in config.embeddings.tables
+        for table in tables
     ]
+    biases = [
+        TableSpec(
+            name=table.name + BIAS,
+            num_rows=table.num_embeddings,
+            dim=BIAS_DIM,
+            data_type="fp32",
+            optimizer=table.optimizer,
+            init_scale=0.0,
+        )
+        for table in tables
+        if config.biases
+    ]
+    return vectors + biases
 
 
 class TwhinModel(nn.Module):
-    """Tables (owned by their engine) and relation vectors θ_r (R, D), which start at 0 and
-    learn.
-    """
+    """Tables (owned by their engine) and the parameters of the relations."""
 
-    def __init__(self, config: ModelConfig, tables: Tables, *, amp: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, tables: Tables, *, amp: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         self.tables = tables
-        self.translations = nn.Parameter(
-            torch.zeros(len(config.relations), config.embeddings.tables[0].embedding_dim)
-        )
-        translated = [relation.operator == "translation" for relation in config.relations]
-        self.register_buffer("translated", torch.tensor(translated), persistent=False)
-        self._loss = config.loss
+        self.operators = build_operators(config, seed)
+        weights = torch.tensor([relation.weight for relation in config.relations])
+        self.register_buffer("weights", weights, persistent=False)
+        self._weighted = bool((weights != 1).any())
+        self._config = config
+        self._scoring = build_scoring(config, self.operators)
         self._amp = amp
+
+    @property
+    def translations(self) -> nn.Parameter:
+        """Relation vectors of the translation operator (R, D)."""
+        return self.operators.get_parameter("translations")
+
+    def relation_parameters(self) -> dict[str, nn.Parameter]:
+        """Saved name → parameters of the relations."""
+        return dict(self.operators.named_parameters())
 
     def forward(self, batch: EdgeBatch, data: DataConfig) -> Tensor:
         """Sum of the losses of this process's edges → scalar. `data` gives the numbers of negatives
-        and the chunk size.
+        and the chunk size. With gradients on, it holds the penalties, and vectors are dropped out
+        of with torch's generator.
         """
-        device = self.translations.device
+        device = self.get_buffer("weights").device
         batch = batch.to(device)
-        ids = batch.ids([spec.name for spec in self.tables.specs])
-        rows = self.tables({name: found.to(device) for name, found in ids.items()})
+        rows = self._look_up(batch)
         # Every table takes part in the backward pass of every process, also where its batch has no
         # edge of it: the engine's collectives wait for all. The sum of no rows costs nothing.
-        total: Tensor = self.translations.sum() * 0.0
+        total: Tensor = sum(
+            (parameter.sum() * 0.0 for parameter in self.operators.parameters()),
+            torch.zeros((), device=device),
+        )
         total = total + sum(part.sum() for part in rows.values() if not len(part))
         sections = self._sections(batch, rows)
+        whole = self._whole(batch) if data.all_negatives else {}
         for group in batch.groups:
-            vectors = EdgeVectors(*(next(sections[table]) for table, _ in group.lookups()))
+            found = [self._entities(sections, table) for table, _ in group.lookups()]
             with torch.autocast(device.type, torch.bfloat16, enabled=self._amp):
-                scores = score_group(group, vectors, self._relation_vectors(group), data)
-            total = total + group_loss(scores, self._loss)
+                if data.all_negatives:
+                    everyone = (whole[group.lhs_table], whole[group.rhs_table])
+                    scores = score_with_all(group, found[0], found[1], everyone, self._scoring)
+                else:
+                    scores = score_group(group, EdgeVectors(*found), self._scoring, data)
+            weight = self.get_buffer("weights")[group.relation] if self._weighted else None
+            total = total + group_loss(scores, self._config.loss, weight)
+            if torch.is_grad_enabled():
+                total = total + self._penalty(group, found[0].vectors, found[1].vectors)
         return total
 
-    def _relation_vectors(self, group: Group) -> Tensor:
-        """θ_r of each edge (n, D), zero for the relations without translation."""
-        # Not translations[relation]: the backward pass of indexing adds in an order that changes
-        # from run to run.
-        vectors = F.embedding(group.relation, self.translations)
-        keep = self.get_buffer("translated")[group.relation]
-        return vectors * keep.unsqueeze(1)
+    def _look_up(self, batch: EdgeBatch) -> dict[str, Tensor]:
+        """Table → rows of all lookups of the batch."""
+        device = self.get_buffer("weights").device
+        names = [table.name for table in self._config.embeddings.tables]
+        ids = {name: found.to(device) for name, found in batch.ids(names).items()}
+        if self._config.biases:
+            ids |= {name + BIAS: found for name, found in ids.items()}
+        found = self.tables(ids)
+        return {name: self._drop_out(name, rows) for name, rows in found.items()}
+
+    def _whole(self, batch: EdgeBatch) -> dict[str, Entities]:
+        """Table → all its entities, for the tables that the batch touches."""
+        names = dict.fromkeys(
+            name for group in batch.groups for name in (group.lhs_table, group.rhs_table)
+        )
+        found = {}
+        for name in names:
+            vectors = self._drop_out(name, self.tables.whole(name))
+            biases = self.tables.whole(name + BIAS)[:, 0] if self._config.biases else None
+            found[name] = Entities(vectors, biases)
+        return found
+
+    def _drop_out(self, table: str, rows: Tensor) -> Tensor:
+        share = self._config.embedding_dropout
+        if not share or not torch.is_grad_enabled() or table.endswith(BIAS):
+            return rows
+        return F.dropout(rows, share)
 
     def _sections(self, batch: EdgeBatch, rows: dict[str, Tensor]) -> dict[str, Iterator[Tensor]]:
         """Table → its rows cut into the lookups of the batch, in their order. One split: its
         backward is one copy.
         """
-        lengths: dict[str, list[int]] = {table: [] for table in rows}
+        lengths: dict[str, list[int]] = {}
         for group in batch.groups:
             for table, ids in group.lookups():
-                lengths[table].append(len(ids))
-        return {table: iter(rows[table].split(lengths[table])) for table in rows if lengths[table]}
+                lengths.setdefault(table, []).append(len(ids))
+        if self._config.biases:
+            lengths |= {table + BIAS: found for table, found in lengths.items()}
+        return {table: iter(rows[table].split(found)) for table, found in lengths.items()}
+
+    def _entities(self, sections: Mapping[str, Iterator[Tensor]], table: str) -> Entities:
+        """The next lookup of `table`."""
+        vectors = next(sections[table])
+        return Entities(
+            vectors, next(sections[table + BIAS])[:, 0] if self._config.biases else None
+        )
+
+    def _penalty(self, group: Group, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """λ Σ |θ|^p over the vectors and relation parameters of the edges of a group."""
+        total = torch.zeros((), device=lhs.device)
+        settings = self._config.regularization
+        for power, scale in ((2, settings.l2), (3, settings.n3)):
+            if not scale:
+                continue
+            directions = 2 if self._config.reciprocal else 1
+            total = total + scale * directions * (
+                self._entity_powers(group, lhs, power) + self._entity_powers(group, rhs, power)
+            )
+            for direction in range(directions):
+                relation = group.relation + direction * len(self._config.relations)
+                total = total + scale * self.operators.powers(relation, power)
+        return total
+
+    def _entity_powers(self, group: Group, vectors: Tensor, power: int) -> Tensor:
+        """Σ |θ|^power; of the edges of complex relations by the modulus."""
+        if power == 2:
+            return vectors.square().sum()
+        is_complex = [kind == "complex_diagonal" for kind in self.operators.kinds]
+        if all(is_complex):
+            return modulus(vectors).pow(3).sum()
+        total = vectors.abs().pow(3).sum(dim=1)
+        if any(is_complex):
+            chosen = torch.tensor(is_complex, device=vectors.device)[group.relation]
+            total = torch.where(chosen, modulus(vectors).pow(3).sum(dim=1), total)
+        return total.sum()
+
+
+def build_operators(config: ModelConfig, seed: int = 0) -> Operators:
+    """The operators of the relations, those of the inverse relations behind them."""
+    kinds = [relation.operator for relation in config.relations]
+    dim = config.embeddings.tables[0].embedding_dim
+    directions = 2 if config.reciprocal else 1
+    return Operators(kinds * directions, dim, config.relation_init_scale, seed)
+
+
+def build_relation_optimizer(
+    config: ModelConfig, model: TwhinModel
+) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    """What updates the relations' parameters, and its state by saved names."""
+    parameters = model.relation_parameters()
+    optimizer = build_dense_optimizer(config.translation_optimizer, parameters.values())
+    by_singular = {SINGULAR[name]: parameter for name, parameter in parameters.items()}
+    return optimizer, dense_state(optimizer, by_singular)
+
+
+def seed_dropout(seed: int, step: int, job: Job) -> None:
+    """Let the dropout of an update depend on (seed, step, rank) alone, so that a run that is taken
+    up again drops what the unbroken one does.
+    """
+    key = np.random.SeedSequence([seed, step, job.rank])
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+
+def build_scoring(config: ModelConfig, operators: Operators) -> Scoring:
+    """What scores the edges."""
+    return Scoring(config.relations, operators, config.comparator, reciprocal=config.reciprocal)
 
 
 @dataclass(frozen=True)
 class EdgeVectors:
-    """The looked-up vectors of a group, in the order of Group.lookups."""
+    """The looked-up entities of a group, in the order of Group.lookups."""
 
-    lhs: Tensor  # (n, D)
-    rhs: Tensor  # (n, D)
-    lhs_negatives: Tensor  # (chunks · K, D)
-    rhs_negatives: Tensor  # (chunks · K, D)
+    lhs: Entities  # (n, D)
+    rhs: Entities  # (n, D)
+    lhs_negatives: Entities  # (chunks · K, D)
+    rhs_negatives: Entities  # (chunks · K, D)
 
 
 @dataclass(frozen=True)
 class SideScores:
-    """Scores of the corruptions of one side of the edges of a group."""
+    """Scores of the n edges of a group and of their corruptions on one side."""
 
+    positive: Tensor  # (n,)
     negative: Tensor  # (n, K)
-    masked: Tensor  # (n, K) bool: not to be counted
+    masked: Tensor | None  # (n, K) bool: not to be counted; None with `target`
+    log_counts: Tensor | None = None  # (n, K): log of how often the negative is expected
+    target: Tensor | None = None  # (n,): `negative` holds all candidates, the true one here
+
+    def mask(self) -> Tensor:
+        """(n, K) bool: not to be counted."""
+        if self.masked is not None:
+            return self.masked
+        assert self.target is not None
+        mask = torch.zeros_like(self.negative, dtype=torch.bool)
+        return mask.scatter_(1, self.target.unsqueeze(1), value=True)
 
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Scores of the n edges of a group and of their corruptions."""
+    """Both sides of a group. With reciprocal relations their positives differ."""
 
-    positive: Tensor  # (n,)
     lhs: SideScores
     rhs: SideScores
+    one_positive: bool
 
 
 def score_group(
-    group: Group, vectors: EdgeVectors, relation: Tensor, data: DataConfig
+    group: Group, vectors: EdgeVectors, scoring: Scoring, data: DataConfig
 ) -> GroupScores:
-    """Score the edges of a group and their negatives. relation: θ_r of each edge (n, D)."""
-    translated = vectors.lhs + relation  # (n, D)
-    positive = (translated * vectors.rhs).sum(dim=1)
-    # A corrupted head keeps the translation: (θ_s′ + θ_r)·θ_t = θ_s′·θ_t + θ_r·θ_t.
-    bias = (relation * vectors.rhs).sum(dim=1, keepdim=True)
-    lhs = [
-        _global_scores(
-            vectors.rhs, vectors.lhs_negatives, group.lhs, group.lhs_negatives, data.chunk_size
-        )
-    ]
-    rhs = [
-        _global_scores(
-            translated, vectors.rhs_negatives, group.rhs, group.rhs_negatives, data.chunk_size
-        )
-    ]
+    """Score the edges of a group, and those with either side replaced by its negatives."""
+    heads = scoring.queries("lhs", vectors.rhs, group.relation)
+    tails = scoring.queries("rhs", vectors.lhs, group.relation)
+    positive = scoring.pairs(tails, vectors.rhs)
+    head_positive = scoring.pairs(heads, vectors.lhs) if scoring.reciprocal else positive
+    masked = None
     if size := data.in_batch_negatives:
         masked = in_batch_mask(group, size + 1)
-        lhs.append(_in_batch_scores(vectors.rhs, vectors.lhs, masked.transpose(1, 2), size + 1))
-        rhs.append(_in_batch_scores(translated, vectors.rhs, masked, size + 1))
-    head, tail = _beside(lhs), _beside(rhs)
+    lhs = _side(group, "lhs", heads, vectors.lhs, vectors.lhs_negatives, masked, scoring, data)
+    rhs = _side(group, "rhs", tails, vectors.rhs, vectors.rhs_negatives, masked, scoring, data)
     return GroupScores(
-        positive.float(),
-        SideScores(head.negative + bias.float(), head.masked),
-        tail,
+        SideScores(head_positive, *lhs), SideScores(positive, *rhs), not scoring.reciprocal
     )
 
 
-def _beside(parts: list[SideScores]) -> SideScores:
-    return SideScores(
-        torch.cat([part.negative for part in parts], dim=1),
-        torch.cat([part.masked for part in parts], dim=1),
-    )
-
-
-def _global_scores(
-    queries: Tensor, candidates: Tensor, true_ids: Tensor, candidate_ids: Tensor, chunk_size: int
-) -> SideScores:
-    """Queries (n, D) of a chunk against the chunk's K shared candidates (chunks·K, D); the true
-    entity is masked.
+def _side(
+    group: Group,
+    side: str,
+    queries: Queries,
+    true: Entities,
+    negatives: Entities,
+    in_batch: Tensor | None,
+    scoring: Scoring,
+    data: DataConfig,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores (n, K) of the queries with the negatives of their chunk, global ones and those of the
+    batch, the mask (n, K), and the log of the expected counts where they are known.
     """
-    num_chunks, num_candidates = candidate_ids.shape
-    shared = candidates.view(num_chunks, num_candidates, candidates.shape[1])
-    scores = torch.bmm(_chunked(queries, chunk_size), shared.transpose(1, 2))
-    same = _chunked(true_ids, chunk_size).unsqueeze(2) == candidate_ids.unsqueeze(1)
-    n = len(queries)
-    return SideScores(scores.flatten(0, 1)[:n].float(), same.flatten(0, 1)[:n])
-
-
-def _in_batch_scores(
-    queries: Tensor, candidates: Tensor, masked: Tensor, chunk_size: int
-) -> SideScores:
-    """Queries (n, D) against the corrupted side (n, D) of the other edges of their chunk; masked
-    (chunks, C, C).
-    """
-    scores = torch.bmm(
-        _chunked(queries, chunk_size), _chunked(candidates, chunk_size).transpose(1, 2)
+    true_ids, ids, log_counts = (
+        (group.lhs, group.lhs_negatives, group.lhs_log_counts)
+        if side == "lhs"
+        else (group.rhs, group.rhs_negatives, group.rhs_log_counts)
     )
-    n = len(queries)
-    return SideScores(scores.flatten(0, 1)[:n].float(), masked.flatten(0, 1)[:n])
+    n = len(true_ids)
+    num_chunks, num_negatives = ids.shape
+    vectors = negatives.vectors.view(num_chunks, num_negatives, negatives.vectors.shape[1])
+    biases = None if negatives.biases is None else negatives.biases.view(ids.shape)
+    scores = [scoring.with_shared(queries, Entities(vectors, biases), data.chunk_size)]
+    same = chunked(true_ids, data.chunk_size).unsqueeze(2) == ids.unsqueeze(1)
+    masks = [same.flatten(0, 1)[:n]]
+    if in_batch is not None:
+        size = data.in_batch_negatives + 1
+        scores.append(scoring.with_shared(queries, true.chunks(size), size))
+        mask = in_batch.transpose(1, 2) if side == "lhs" else in_batch
+        masks.append(mask.flatten(0, 1)[:n])
+    if log_counts is not None:
+        size = min(data.chunk_size, n)
+        log_counts = log_counts.repeat_interleave(size, dim=0)[:n]
+    if len(scores) == 1:
+        return scores[0], masks[0], log_counts
+    return torch.cat(scores, dim=1), torch.cat(masks, dim=1), log_counts
+
+
+def score_with_all(
+    group: Group,
+    lhs: Entities,
+    rhs: Entities,
+    everyone: tuple[Entities, Entities],
+    scoring: Scoring,
+) -> GroupScores:
+    """Score the edges of a group with either side replaced by all rows of its table. everyone: all
+    entities of the left and of the right table.
+    """
+    sides = []
+    for side, asking, true_ids, candidates in (
+        ("lhs", rhs, group.lhs, everyone[0]),
+        ("rhs", lhs, group.rhs, everyone[1]),
+    ):
+        queries = scoring.queries(side, asking, group.relation)
+        scores = scoring.with_all(queries, candidates)
+        positive = scores.gather(1, true_ids.unsqueeze(1)).squeeze(1)
+        sides.append(SideScores(positive, scores, None, target=true_ids))
+    return GroupScores(sides[0], sides[1], not scoring.reciprocal)
 
 
 def in_batch_mask(group: Group, chunk_size: int) -> Tensor:
@@ -190,7 +351,7 @@ def in_batch_mask(group: Group, chunk_size: int) -> Tensor:
     is no negative for the tail of i.
     """
     relation, lhs, rhs = (
-        _chunked(ids, chunk_size, padding=-1) for ids in (group.relation, group.lhs, group.rhs)
+        chunked(ids, chunk_size, padding=-1) for ids in (group.relation, group.lhs, group.rhs)
     )
     same_relation = _equal(relation)
     same_lhs, same_rhs = same_relation & _equal(lhs), same_relation & _equal(rhs)
@@ -205,54 +366,105 @@ def _equal(ids: Tensor) -> Tensor:
     return ids.unsqueeze(2) == ids.unsqueeze(1)
 
 
-def _chunked(values: Tensor, size: int, padding: int = 0) -> Tensor:
-    """(n, …) → (⌈n / size⌉, size, …), the last chunk padded."""
-    size = min(size, len(values))  # a group of few edges is one chunk of so many
-    missing = -len(values) % size
-    if missing:
-        values = F.pad(values, (0, 0) * (values.dim() - 1) + (0, missing), value=padding)
-    return values.view(-1, size, *values.shape[1:])
-
-
-def group_loss(scores: GroupScores, config: LossConfig) -> Tensor:
-    """Sum over the edges of a group. Logistic: one positive term and the negatives of both sides.
-    Softmax: one term a side.
+def group_loss(scores: GroupScores, config: LossConfig, weight: Tensor | None = None) -> Tensor:
+    """Sum over the edges of a group, each counted `weight` (n,). Softmax and margin: one term a
+    side. Logistic: one positive term and the negatives of both sides; with reciprocal relations,
+    whose sides are two examples, a positive term each.
     """
-    if config.softmax is not None:
-        temperature = config.softmax.temperature
-        return losses.sampled_softmax(
-            scores.positive, scores.lhs.negative, scores.lhs.masked, temperature
-        ) + losses.sampled_softmax(
-            scores.positive, scores.rhs.negative, scores.rhs.masked, temperature
+    sides = (scores.lhs, scores.rhs)
+    if (softmax := config.softmax) is not None:
+        return sum(
+            (_softmax_loss(side, softmax.temperature, weight) for side in sides),
+            torch.zeros((), device=sides[0].positive.device),
         )
-    both = _beside([scores.lhs, scores.rhs])
-    return losses.logistic(scores.positive, both.negative, both.masked)
+    if (ranking := config.margin_ranking) is not None:
+        return sum(
+            (
+                losses.margin_ranking(
+                    side.positive, side.negative, side.mask(), ranking.margin, weight
+                )
+                for side in sides
+            ),
+            torch.zeros((), device=sides[0].positive.device),
+        )
+    assert config.logistic is not None
+    kind = config.logistic.negatives
+    if scores.one_positive:
+        negative = torch.cat([side.negative for side in sides], dim=1)
+        masked = torch.cat([side.mask() for side in sides], dim=1)
+        return losses.logistic(scores.rhs.positive, negative, masked, weight, kind)
+    first, second = (
+        losses.logistic(side.positive, side.negative, side.mask(), weight, kind) for side in sides
+    )
+    return first + second
+
+
+def _softmax_loss(side: SideScores, temperature: float, weight: Tensor | None) -> Tensor:
+    if side.target is not None:
+        return losses.full_softmax(side.negative, side.target, temperature, weight)
+    return losses.sampled_softmax(
+        side.positive, side.negative, side.mask(), temperature, weight, side.log_counts
+    )
 
 
 class Vectors:
     """The trained vectors, whole and in memory: what is evaluated and exported.
 
-    tables: name → (rows, D) float32; translations: (R, D); relations in the order of their numbers.
+    tables: name → (rows, D) float32; biases: name → (rows,) float32, where the model has them;
+    operators: those of the relations in the order of their numbers.
     """
 
     def __init__(
-        self, tables: dict[str, Tensor], translations: Tensor, relations: list[RelationConfig]
+        self,
+        config: ModelConfig,
+        tables: Mapping[str, Tensor],
+        operators: Operators,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.tables = tables
-        self.translations = translations
-        self.relations = relations
+        self.tables = dict(tables)
+        self.biases = dict(biases or {})
+        self.operators = operators
+        self.relations = config.relations
+        self._scoring = build_scoring(config, operators)
 
+    @classmethod
+    def from_saved(cls, config: ModelConfig, saved: Mapping[str, Tensor]) -> Self:
+        """From the tensors of a step folder, by the names of `saved_names`."""
+        operators = build_operators(config)
+        with torch.no_grad():
+            for name, parameter in operators.named_parameters():
+                parameter.copy_(saved[name])
+        names = [table.name for table in config.embeddings.tables]
+        tables = {name: saved[weight_name(name)].float() for name in names}
+        biases = {}
+        if config.biases:
+            biases = {name: saved[weight_name(name + BIAS)][:, 0].float() for name in names}
+        return cls(config, tables, operators, biases)
+
+    @torch.no_grad()
     def score(self, relation: int, side: str, entities: Tensor) -> Tensor:
         """Scores of all candidates of one side: "rhs" ranks tails of the heads `entities` (n,),
-        "lhs" heads of the tails.
-
-        → (n, rows of that side's table) float32. For heads, θ_r·θ_t is left out: it is the same for
-        all candidates.
+        "lhs" heads of the tails → (n, rows of that side's table) float32.
         """
         known = self.relations[relation]
-        if side == "lhs":
-            return self.tables[known.rhs][entities] @ self.tables[known.lhs].T
-        queries = self.tables[known.lhs][entities]
-        if known.operator == "translation":
-            queries = queries + self.translations[relation]
-        return queries @ self.tables[known.rhs].T
+        asking, asked = (known.rhs, known.lhs) if side == "lhs" else (known.lhs, known.rhs)
+        numbers = torch.full_like(entities, relation)
+        queries = self._scoring.queries(side, self._entities(asking, entities), numbers)
+        return self._scoring.with_all(queries, self._entities(asked))
+
+    def _entities(self, table: str, ids: Tensor | None = None) -> Entities:
+        vectors, biases = self.tables[table], self.biases.get(table)
+        if ids is None:
+            return Entities(vectors, biases)
+        return Entities(vectors[ids], None if biases is None else biases[ids])
+
+
+def weight_name(table: str) -> str:
+    """The saved name of a table's rows."""
+    return f"tables.{table}.weight"
+
+
+def saved_names(config: ModelConfig) -> list[str]:
+    """The saved names of all that `Vectors` are made of."""
+    operators = [name for name, _ in build_operators(config).named_parameters()]
+    return [weight_name(spec.name) for spec in table_specs(config)] + operators

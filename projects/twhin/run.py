@@ -33,7 +33,12 @@ from projects.twhin.data import (
     read_batches,
 )
 from projects.twhin.dataset_worker import training_reader
-from projects.twhin.model import TwhinModel, table_specs
+from projects.twhin.model import (
+    TwhinModel,
+    build_relation_optimizer,
+    seed_dropout,
+    table_specs,
+)
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.parquet import DataError, ParquetRows, Position
@@ -43,7 +48,7 @@ from tml.embeddings import ArrayRows, build_tables
 from tml.follow import EVALUATION
 from tml.logs import MetricLog
 from tml.machines import container
-from tml.optimizers import build_dense_optimizer, set_learning_rate
+from tml.optimizers import is_optimizer_state, set_learning_rate
 from tml.train import Loop, Progress, StepResult
 
 logger = logging.getLogger(__name__)
@@ -80,6 +85,7 @@ def run(
             planted.ensure(config.planted, planted.folder_of(config.train_data.data_root))
         distributed.barrier()
         layout = EdgeLayout(config.model)
+        layout.count_degrees(config.train_data)
         seed, data = config.training.seed, config.train_data
         reader = training_reader(config, layout, job)
         for held_out in (config.validation_data, config.test_data):
@@ -94,12 +100,14 @@ def run(
         log = MetricLog(save_dir, job.rank)
 
         # Model and optimizer; the tables carry theirs.
-        tables = build_tables(table_specs(config.model), job, seed)
-        model = TwhinModel(config.model, tables, amp=config.runtime.enable_amp).to(job.device)
-        optimizer = build_dense_optimizer(config.model.translation_optimizer, [model.translations])
-        state = {**tables.state(), "translations": model.translations.data}
-        if config.model.translation_optimizer.kind == "adagrad":
-            state["translation_accumulator"] = optimizer.state[model.translations]["sum"]
+        specs = table_specs(config.model)
+        tables = build_tables(specs, job, seed, as_a_whole=data.all_negatives)
+        model = TwhinModel(config.model, tables, amp=config.runtime.enable_amp, seed=seed)
+        model.to(job.device)
+        optimizer, optimizer_state = build_relation_optimizer(config.model, model)
+        parameters = model.relation_parameters()
+        relations = {name: parameter.data for name, parameter in parameters.items()}
+        state = {**tables.state(), **relations, **optimizer_state}
 
         # Resuming is the normal path: a run starts from its last complete step folder where there
         # is one.
@@ -137,10 +145,12 @@ def run(
             rates = tables.set_learning_rates(step)
             rates["translation"] = config.model.translation_optimizer.learning_rate_at(step)
             set_learning_rate(optimizer, rates["translation"])
+            if config.model.embedding_dropout:
+                seed_dropout(seed, step, job)
             loss_sum = model(batch, data)
             # The mean over all processes' edges: engines average gradients over the processes.
             (loss_sum * (job.world_size / batch.num_edges_all)).backward()
-            distributed.average_gradients([model.translations])
+            distributed.average_gradients(parameters.values())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 or step == progress_at_start:
@@ -211,8 +221,14 @@ def _validate(
     Where the validation data names no negatives, they are those of the training data: without any,
     the loss says nothing.
     """
-    if not data.global_negatives and not data.in_batch_negatives:
-        names = ("global_negatives", "in_batch_negatives", "chunk_size")
+    if not (data.global_negatives or data.in_batch_negatives or data.all_negatives):
+        names = (
+            "global_negatives",
+            "in_batch_negatives",
+            "chunk_size",
+            "degree_power",
+            "all_negatives",
+        )
         data = data.model_copy(update={name: getattr(config.train_data, name) for name in names})
     reader = build_reader(data, layout, job, config.training.seed, 1, 1)
     batches = read_batches(
@@ -232,7 +248,7 @@ def _initialise(config: TwhinConfig, fill: Any, state: dict[str, Any]) -> None:
     """Start from an earlier model, or tables from files, where the config says so."""
     if config.training.initial_checkpoint_dir is not None:
         folder = Path(config.training.initial_checkpoint_dir)
-        model = {name: value for name, value in state.items() if not name.endswith("accumulator")}
+        model = {name: value for name, value in state.items() if not is_optimizer_state(name)}
         checkpoint.load_meta(folder)
         checkpoint.load(folder, model)
     for table in config.model.embeddings.tables:

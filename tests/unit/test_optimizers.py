@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tml.config import ConfigError, build_config
-from tml.optimizers import LearningRate, OptimizerConfig, build_dense_optimizer
+from tml.optimizers import (
+    LearningRate,
+    OptimizerConfig,
+    build_dense_optimizer,
+    dense_state,
+    is_optimizer_state,
+)
 
 
 def rate(tree: dict[str, object]) -> LearningRate:
@@ -84,3 +90,43 @@ def test_rowwise_adagrad_is_refused_for_dense_parameters() -> None:
     config = OptimizerConfig.model_validate({"rowwise_adagrad": {}})
     with pytest.raises(ValueError, match="embedding tables"):
         build_dense_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("sgd", []),
+        ("adagrad", ["a_accumulator"]),
+        ("adam", ["a_m", "a_v", "a_step"]),
+    ],
+)
+def test_an_optimizer_goes_on_from_its_saved_state(kind: str, names: list[str]) -> None:
+    config = OptimizerConfig.model_validate({kind: {"lr": 0.1}})
+
+    def start(value: torch.Tensor) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(value.clone())
+        return parameter, build_dense_optimizer(config, [parameter])
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, by: float) -> None:
+        parameter.grad = torch.tensor([by, -1.0])
+        optimizer.step()
+
+    parameter, optimizer = start(torch.ones(2))
+    state = dense_state(optimizer, {"a": parameter})
+    assert list(state) == names
+    assert all(is_optimizer_state(name) for name in names)
+    step(parameter, optimizer, 3.0)
+    saved = {name: tensor.clone() for name, tensor in state.items()}
+    resumed, other = start(parameter.data)
+    for name, tensor in dense_state(other, {"a": resumed}).items():
+        tensor.copy_(saved[name])
+    step(parameter, optimizer, 0.5)
+    step(resumed, other, 0.5)
+    assert resumed.data.equal(parameter.data)
+
+
+def test_which_saved_names_are_those_of_optimizers() -> None:
+    states = ("tables.user.accumulator", "tables.user.m", "tables.user.step", "translation_v")
+    weights = ("tables.user.weight", "tables.m.weight", "translations", "matrices")
+    assert all(is_optimizer_state(name) for name in states)
+    assert not any(is_optimizer_state(name) for name in weights)

@@ -65,13 +65,14 @@ def test_shipped_configs_load(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
         }
         base.write_text(yaml.safe_dump(graph))
     config = load_config(TwhinConfig, path, base=base)
-    assert config.train_data.global_negatives > 0
+    data = config.train_data
+    assert data.global_negatives > 0 or data.all_negatives
 
 
 def test_unknown_keys_are_refused_in_relations_too() -> None:
     tree = minimal()
-    tree["model"]["relations"][0]["weight"] = 2
-    assert "model.relations.0.weight: unknown key" in refusal(tree)
+    tree["model"]["relations"][0]["colour"] = 2
+    assert "model.relations.0.colour: unknown key" in refusal(tree)
 
 
 def test_a_relation_naming_an_unknown_table_is_refused_with_those_there() -> None:
@@ -98,7 +99,7 @@ def test_names_given_twice_are_refused() -> None:
 def test_an_unknown_operator_is_refused_with_the_known_ones() -> None:
     tree = minimal()
     tree["model"]["relations"][0]["operator"] = "rotation"
-    assert "'translation' or 'identity'" in refusal(tree)
+    assert "'translation', 'identity', 'diagonal'" in refusal(tree)
 
 
 def test_training_without_negatives_is_refused() -> None:
@@ -124,3 +125,89 @@ def test_defaults_fill_what_tables_leave_out_and_nothing_else() -> None:
 def test_an_unknown_relation_to_evaluate_is_refused() -> None:
     tree = minimal() | {"evaluation": {"relations": ["fave"]}}
     assert "unknown relation 'fave'; there are fav" in refusal(tree)
+
+
+def test_an_operator_of_all_relations_takes_the_place_of_their_own() -> None:
+    tree = minimal()
+    tree["model"]["relations"][0]["operator"] = "translation"
+    tree["model"]["operator"] = "diagonal"
+    assert build_config(TwhinConfig, tree, "test").model.relations[0].operator == "diagonal"
+
+
+def test_complex_numbers_need_a_dimension_of_two_halves_that_fbgemm_takes() -> None:
+    tree = minimal()
+    tree["model"]["operator"] = "complex_diagonal"
+    assert "complex_diagonal of relation 'fav' needs an embedding_dim that is a multiple of 8" in (
+        refusal(tree)
+    )
+    for table in tree["model"]["embeddings"]["tables"]:
+        table["embedding_dim"] = 16
+    build_config(TwhinConfig, tree, "test")
+
+
+def test_all_negatives_need_no_others_and_take_none() -> None:
+    tree = minimal()
+    tree["train_data"] |= {"all_negatives": True}
+    assert "takes the place of drawn negatives" in refusal(tree)
+    tree["train_data"]["in_batch_negatives"] = 0
+    build_config(TwhinConfig, tree, "test")
+
+
+def test_all_negatives_of_a_large_table_are_refused_with_the_numbers() -> None:
+    tree = minimal()
+    tree["model"]["embeddings"]["tables"][0]["num_embeddings"] = 1_000_000
+    tree["train_data"] |= {
+        "in_batch_negatives": 0,
+        "all_negatives": True,
+        "per_replica_batch_size": 1000,
+    }
+    message = refusal(tree)
+    assert "1,000 edges a batch × 1,000,000 rows of table 'user' are 1,000,000,000" in message
+    assert "make per_replica_batch_size 536 at most" in message
+    tree["train_data"]["per_replica_batch_size"] = 536
+    build_config(TwhinConfig, tree, "test")
+    tree["training"] = {"gradient_accumulation": 2}
+    assert "1,072 edges a batch" in refusal(tree)
+
+
+def test_validation_compares_with_all_only_where_training_does() -> None:
+    tree = minimal()
+    tree["validation_data"] = {"data_root": "x/*.parquet", "all_negatives": True}
+    assert "validation_data.all_negatives: train_data must have it too" in refusal(tree)
+
+
+def test_only_drawn_negatives_can_be_corrected() -> None:
+    tree = minimal()
+    tree["model"]["loss"] = {"softmax": {"log_q": True}}
+    assert "log_q: only negatives that are drawn" in refusal(tree)
+    tree["train_data"] |= {"in_batch_negatives": 0, "global_negatives": 5}
+    build_config(TwhinConfig, tree, "test")
+
+
+def test_a_table_may_not_have_the_name_of_anothers_biases() -> None:
+    tree = minimal()
+    tree["model"]["embeddings"]["tables"][1]["name"] = "user.bias"
+    tree["model"]["relations"][0]["rhs"] = "user.bias"
+    build_config(TwhinConfig, tree, "test")
+    tree["model"]["biases"] = True
+    assert "the table name 'user.bias' is needed" in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("relations", 0, "sampling_rate"), 1.5),
+        (("relations", 0, "weight"), 0),
+        (("embedding_dropout",), 1.0),
+        (("regularization",), {"n3": -0.1}),
+        (("loss",), {"margin_ranking": {"margin": 0}}),
+        (("comparator",), "l1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(path: tuple[Any, ...], value: object) -> None:
+    tree = minimal()
+    at = tree["model"]
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    assert ".".join(map(str, path)) in refusal(tree)
