@@ -188,7 +188,8 @@ def test_memory_that_runs_out_is_named(launcher: Any) -> None:
     launcher.script("exec python3 -c 'x = bytearray(1 << 30)'\n")
     done = launcher("run", "standin", "--memory", "64m")
     assert done.returncode == 137
-    assert "ran out of memory (--memory 64m)" in done.stderr
+    assert "out of memory: limit 64 MiB" in done.stderr
+    assert "raise --memory" in done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
@@ -220,15 +221,35 @@ def test_root_reads_in_the_container_what_root_reads_outside(launcher: Any) -> N
     assert launcher("run", "standin").stdout == "seen\n"
 
 
+def test_a_run_that_fails_is_told_with_its_last_lines_and_noted_down(launcher: Any) -> None:
+    launcher.script("seq 30; echo 'ValueError: no such column' >&2; exit 1\n")
+    done = launcher("run", "standin")
+    assert done.returncode == 1
+    assert "ended with exit code 1: ValueError: no such column" in done.stderr
+    assert "tml:     30\n" in done.stderr
+    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["verb"], record["state"], record["exit_code"]) == ("run", "ended", 1)
+    assert record["cause"].endswith("no such column")
+
+
 def test_a_detached_run_prints_its_name_and_is_removed_when_it_ends(
     launcher: Any, client: Any, until: Any
 ) -> None:
-    launcher.script("sleep 2; echo done > /root/tmp/done\n")
+    launcher.script("echo begun; sleep 2; echo done > /root/tmp/done; exit 3\n")
     done = launcher("run", "standin", "--detach", "--name", "tml-standin-detached")
     assert (done.returncode, done.stdout) == (0, "tml-standin-detached\n")
     assert len(containers(client, status="running")) == 1
     until(lambda: not containers(client))
     assert (launcher.home / "tmp" / "done").read_text() == "done\n"
+    logs = launcher.home / "tmp/runs/standin/logs/tml-standin-detached"
+    assert (logs / "chief.log").read_text() == "begun\n"
+    jobs = launcher.home / ".local" / "state" / "tml" / "jobs"
+    # Noted down last of all.
+    record = until(
+        lambda: (r := json.loads((jobs / "tml-standin-detached.json").read_text()))["ended"] and r
+    )
+    assert (record["exit_code"], record["logs"]) == (3, str(logs))
 
 
 def test_the_dry_run_pasted_into_a_shell_does_the_same(launcher: Any) -> None:
