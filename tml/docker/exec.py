@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from tml.docker import jobs, signals, terminal
+from tml.docker import jobs, secrets, signals, terminal
 from tml.docker.connection import connect
 from tml.docker.container import in_thread
 from tml.docker.errors import LauncherError
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 GRACE_S = 10.0
 """From the signal that was passed on to SIGKILL."""
-NOT_STARTED = b"OCI runtime exec failed"
-"""How the engine's message begins that it sends as output of a command that could not start."""
+NOT_STARTED = (b"OCI runtime exec failed", b"unable to find user", b"unable to find group")
+"""How what the engine says begins, as output of a command that it could not start."""
 
 SIGNAL_ALL = (
     'for p in /proc/[0-9]*; do grep -qzxF "$2" "$p/environ" 2>/dev/null && '
@@ -44,8 +44,6 @@ SIGNAL_ALL = (
 """Sends $1 to all processes that have the variable $2: the command and what it started. That works
 with engines on other machines, too, whose process numbers mean nothing here.
 """
-WITH_SECRETS = ("bash", "-c", 'exec "$@"', "bash")
-"""Goes before a command: this bash reads the secrets of its job first."""
 
 
 def execute(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -145,7 +143,7 @@ class _Run:
     def _command(self) -> list[str]:
         config = self.client.inspect_container(self.member.id)["Config"]
         has_secrets = any(item.startswith(f"{environment.BASH_ENV}=") for item in config["Env"])
-        return [*(WITH_SECRETS if has_secrets else ()), *self.command]
+        return secrets.wrapped(self.command) if has_secrets else list(self.command)
 
     def _create(
         self, command: Sequence[str], *, stdin: bool = False, tty: bool = False, env: Any = None
@@ -187,20 +185,27 @@ class _Run:
         self.events.put(_Event("stop", number))
 
     def _pump_output(self, reader: BinaryIO) -> None:
-        try:
+        wanted = True
+        # The connection may be closed under us, when it is over.
+        with suppress(OSError, ValueError):
             for stream, data in _messages(reader, self.tty):
-                if (self.refusal or data).startswith(NOT_STARTED):
-                    self.refusal += data
-                elif self.keep:
-                    self.kept[stream] += data
-                else:
-                    terminal.write_all(2 if stream == "stderr" else 1, data)
-        except BrokenPipeError:
-            # Whoever read our output has gone: nobody wants the rest.
-            self._told(signal.SIGPIPE)
-        except (OSError, ValueError):
-            pass  # The connection was closed under us, because it is over.
+                try:
+                    if wanted:
+                        self._take(stream, data)
+                except BrokenPipeError:
+                    # Whoever read our output has gone. Ours goes on being read, or the engine would
+                    # wait for that and never say that the command has ended.
+                    wanted = False
+                    self._told(signal.SIGPIPE)
         self.events.put(_Event("output-ended"))
+
+    def _take(self, stream: Stream, data: bytes) -> None:
+        if (self.refusal or data).startswith(NOT_STARTED):
+            self.refusal += data
+        elif self.keep:
+            self.kept[stream] += data
+        else:
+            terminal.write_all(2 if stream == "stderr" else 1, data)
 
     def _pump_input(self, connection: socket.socket, stop: int) -> None:
         try:

@@ -105,7 +105,10 @@ class Job:
             return "orphaned" if self.owned == "dead" else "elsewhere"
         if self.record and self.record.state in ("restarting", "stopping"):
             return self.record.state
-        return "running" if any(m.alive for m in self.members) else "starting"
+        if any(m.alive for m in self.members):
+            return "running"
+        # Containers that have ended are about to be removed.
+        return "starting" if all(m.state == "created" for m in self.members) else "stopping"
 
     @property
     def started(self) -> float | None:
@@ -174,11 +177,12 @@ def choose(jobs: Sequence[Job], name: str | None, *, ended: bool = False) -> Job
                 + ("" if ended else "; ps --all shows those that have ended")
             )
         raise LauncherError(f"{len(running)} jobs run; say which: {_names(running)}")
-    # What runs goes before what has ended, a whole name before the beginning of one.
+    # A whole name goes before the beginning of one, what runs before what has ended.
     for group in (running, jobs):
-        exact = [job for job in group if job.name == name]
-        if exact:
-            return exact[0]
+        for job in group:
+            if job.name == name:
+                return job
+    for group in (running, jobs):
         begun = [job for job in group if job.name.startswith(name)]
         if len(begun) == 1:
             return begun[0]

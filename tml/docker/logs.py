@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tml.docker import jobs, terminal
+from tml.docker import jobs, records, terminal
 from tml.docker.container import in_thread
 from tml.docker.errors import LauncherError
 from tml.docker.jobs import POLL_S, Job, Member
@@ -63,7 +63,16 @@ def logs(flags: argparse.Namespace, args: Sequence[str]) -> int:
         # Whoever read this has had enough. Python must not try to flush on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
+    _say_failure(job)
     return 0
+
+
+def _say_failure(job: Job) -> None:
+    """Of a job that has failed, why."""
+    record = records.read(job.name) if job.record else None
+    if record and record.run_id == job.run_id and record.state == "ended" and record.exit_code:
+        why = f": {record.cause}" if record.cause else ""
+        terminal.say(f"tml: {job.name} ended with exit status {record.exit_code}{why}")
 
 
 def _nothing_kept(job: Job) -> str:
@@ -154,6 +163,12 @@ class _File:
             lines.append(line)
             if tail is None:
                 self._say(lines.popleft())
+        if tail is not None and self._rest:
+            # What has no end of line yet is the last of them.
+            if tail == 0:
+                self._rest = b""
+            elif len(lines) == tail:
+                lines.popleft()
         for line in lines:
             self._say(line)
 
@@ -231,7 +246,8 @@ class _Engine:
         if any(member.id not in threads for member in now):
             return False
         # Nothing writes down how an attached job ends: it is over when its containers are.
-        return self.job.record is None or not now or jobs.is_over(self.job)
+        gone = not now and self.job.owned != "alive"
+        return self.job.record is None or gone or jobs.is_over(self.job)
 
     def _wanted(self) -> list[Member]:
         now = jobs.look_again(self.client, self.job)

@@ -3,6 +3,7 @@ caller's state folder (XDG_STATE_HOME, else ~/.local/state). Containers that run
 never from here.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -81,7 +82,9 @@ def write(record: Record) -> None:
         temporary.write_text(json.dumps(asdict(record), indent=2) + "\n")
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        # The folder may not even be one.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def change(record: Record, **changes: Any) -> Record:

@@ -9,12 +9,14 @@ machine owns is stopped here, container by container, with the grace that each w
     gc --json     {dry_run, removed, left}
 
 `removed` is a list of {kind, name, job}, `left` of {kind, name, job, why}; kind is container,
-network, secret or record. A record that is removed is one that no longer says that its job runs.
+network, secret (a folder with secrets; its job is null) or record. A record that is removed is one
+that no longer says that its job runs.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -22,9 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tml.docker import jobs, records, terminal
+from tml.docker import jobs, records, secrets, terminal
 from tml.docker.connection import connect
 from tml.docker.container import in_thread
 from tml.docker.errors import ENGINE_FAILED, LauncherError
@@ -51,12 +54,15 @@ class Item:
 
     kind: Literal["container", "network", "secret", "record"]
     name: str
-    job: str
+    job: str | None
     why: str | None = None
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str | None]:
         """As the module's docstring has it."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        data = asdict(self)
+        if self.why is None:
+            del data["why"]
+        return data
 
 
 @dataclass
@@ -130,12 +136,16 @@ def gc(flags: argparse.Namespace, args: Sequence[str]) -> int:
     left = [item for job in known if job not in dead for item in _items(job, _why_kept(job))]
     if flags.dry_run:
         removed, failed = [item for job in dead for item in _items(job)], []
+        removed += [Item("secret", str(folder), None) for folder in secrets.leftovers()]
     else:
         impatience = Impatience("what dead launchers left")
         with impatience.counted():
             endings = in_parallel(lambda job: _collect(client, job, impatience), dead)
         removed = [item for ending in endings for item in ending.removed]
         failed = [item for ending in endings for item in ending.left]
+        for folder in secrets.leftovers():
+            shutil.rmtree(folder, ignore_errors=True)
+            (failed if folder.exists() else removed).append(_secret(folder))
     if flags.json:
         lists = {"removed": removed, "left": [*left, *failed]}
         report = {name: [item.to_json() for item in items] for name, items in lists.items()}
@@ -337,6 +347,11 @@ def _items(job: Job, why: str | None = None) -> list[Item]:
     if job.record and job.record.state != "ended" and why is None:
         found.append(Item("record", job.name, job.name))
     return found
+
+
+def _secret(folder: Path) -> Item:
+    why = "it could not be removed" if folder.exists() else None
+    return Item("secret", str(folder), None, why)
 
 
 def _why_kept(job: Job) -> str:
