@@ -549,7 +549,7 @@ def refuse_socket(source: str, host: Host, shown: str | None = None) -> None:
     if shown == str(host.home / ".config"):
         instead = "--config-mount none leaves it out"
     for socket in sockets:
-        if f"{socket}/".startswith(f"{source.rstrip('/')}/"):
+        if socket.startswith(f"{source.rstrip('/')}/"):
             raise LauncherError(
                 f"mount source {shown} has the engine's socket {socket} in it; {why}: {instead}"
             )
