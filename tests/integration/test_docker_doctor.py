@@ -89,9 +89,13 @@ def test_what_a_dead_launcher_left_is_a_warning(launcher: Any, left_behind: str)
 
 
 @pytest.mark.docker
-def test_a_job_whose_launcher_lives_is_no_stale_run(launcher: Any, client: Any, image: str) -> None:
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_job_whose_launcher_lives_is_no_stale_run(
+    launcher: Any, client: Any, image: str, where: str
+) -> None:
     name = f"tml-standin-alive-{os.getpid()}"
-    labels = {LABEL_OWNER: owner.this_process(), LABEL_JOB: name, LABEL_PROJECT: "standin"}
+    lives = owner.this_process() if where == "here" else "another-host:1:boot:2"
+    labels = {LABEL_OWNER: lives, LABEL_JOB: name, LABEL_PROJECT: "standin"}
     client.create_container(image, ["true"], name=name, labels=labels)
     try:
         found = told(launcher("doctor", "--json"))

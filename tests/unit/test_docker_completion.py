@@ -113,6 +113,8 @@ def test_the_function_is_this_checkouts_launcher_wherever_it_is_called(
 ) -> None:
     # A package of that name lies in the folder that one happens to be in.
     (tmp_path / "tml" / "docker").mkdir(parents=True)
+    for folder in ("tml", "tml/docker"):
+        (tmp_path / folder / "__init__.py").touch()
     (tmp_path / "tml" / "docker" / "__main__.py").write_text("print('another')\n")
     said = ask(code, "", 'source "$2"; tml --help | grep "VERB \\.\\.\\."')
     assert said == ["usage:", "python", "-m", "tml.docker", "[-h]", "VERB", "..."]
