@@ -19,6 +19,7 @@ from tml.docker.container import (
     ENGINE_BACK_S,
     Container,
     MemoryWatch,
+    State,
     engine_answers,
     explained,
     in_thread,
@@ -87,7 +88,6 @@ class _Event:
     kind: str
     """stop (a signal or Ctrl-C), resize, exited, output-ended, lost."""
     signal: int = 0
-    error: Exception | None = None
 
 
 class _Run:
@@ -140,7 +140,7 @@ class _Run:
             self.container.remove()
 
     def _ended(self, error: Exception | None) -> None:
-        self.events.put(_Event("exited") if error is None else _Event("lost", error=error))
+        self.events.put(_Event("exited" if error is None else "lost"))
 
     def _pump_output(self, connection: socket.socket) -> None:
         from docker.utils.socket import frames_iter
@@ -187,7 +187,7 @@ class _Run:
             elif event.kind == "resize":
                 self.container.resize()
             elif event.kind == "lost":
-                self._engine_lost(event.error)
+                self._engine_lost()
             elif exited:
                 return  # It is over; only our own output is blocked, and somebody is impatient.
             else:
@@ -210,14 +210,14 @@ class _Run:
             self.kill_at = None
             self.container.kill("SIGKILL")
 
-    def _engine_lost(self, error: Exception | None) -> NoReturn:
+    def _engine_lost(self) -> NoReturn:
         """The streams are cut, so the run is over, whatever became of the container. It is removed
         once the engine is back.
         """
         client, name = self.container.client, self.plan.name
         if not engine_answers(client):
             terminal.say(
-                f"tml: lost the Docker Engine while {name} ran ({error}); waiting up to "
+                f"tml: lost the Docker Engine while {name} ran; waiting up to "
                 f"{ENGINE_BACK_S:.0f} s for it, to remove {name}"
             )
         if not wait_for_engine(client, given_up=self._told_to_stop):
@@ -231,11 +231,22 @@ class _Run:
             "again: training goes on from its last complete checkpoint"
         )
 
+    def _state(self) -> State:
+        from docker.errors import APIError
+
+        try:
+            return self.container.state()
+        except APIError:
+            raise
+        except OSError:
+            # An engine that stops ends the container first.
+            self._engine_lost()
+
     def _told_to_stop(self) -> bool:
         return not self.events.empty() and self.events.get().kind == "stop"
 
     def _exit_code(self, memory: MemoryWatch) -> int:
-        state = self.container.state()
+        state = self._state()
         code = int(state["ExitCode"])
         if self.stop_signal:
             return 128 + self.stop_signal

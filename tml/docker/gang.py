@@ -128,7 +128,6 @@ class _Event:
     member: _Member | None = None
     watch: int = 0
     signal: int = 0
-    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -343,8 +342,7 @@ class _Attempt:
     # What other threads learn
 
     def _ended(self, member: _Member, watch: int, error: Exception | None) -> None:
-        kind: Literal["exited", "lost"] = "exited" if error is None else "lost"
-        self.events.put(_Event(kind, member, watch, error=error))
+        self.events.put(_Event("exited" if error is None else "lost", member, watch))
 
     def _pump(self, member: _Member, watch: int, connection: "socket.socket") -> None:
         from docker.utils.socket import frames_iter
@@ -407,8 +405,8 @@ class _Attempt:
             act()
         except APIError:
             raise
-        except OSError as error:
-            self._engine_lost(error)
+        except OSError:
+            self._engine_lost()
 
     def _on_time(self) -> None:
         now = time.monotonic()
@@ -437,7 +435,7 @@ class _Attempt:
         elif event.kind == "output-ended":
             member.output_ended = True
         elif event.kind == "lost":
-            self._engine_lost(event.error)
+            self._engine_lost()
 
     def _live(self) -> list[_Member]:
         return [member for member in self.members if not member.ended]
@@ -530,14 +528,14 @@ class _Attempt:
 
     # The engine goes away
 
-    def _engine_lost(self, error: Exception | None) -> None:
+    def _engine_lost(self) -> None:
         """Wait for the engine, and go on with what it still has."""
         since = time.time()
         for member in self.members:
             member.watch += 1
         if not engine_answers(self.client):
             self.job.say(
-                f"lost the Docker Engine while {self.gang.job} ran ({error}); waiting up to "
+                f"lost the Docker Engine while {self.gang.job} ran; waiting up to "
                 f"{ENGINE_BACK_S:.0f} s for it to come back"
             )
             self._wait_for_engine()

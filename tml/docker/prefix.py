@@ -81,7 +81,7 @@ def now() -> str:
 
 
 def _colour_wanted() -> bool:
-    return os.isatty(1) and not os.environ.get(environment.NO_COLOR)
+    return os.isatty(1) and not environment.get(environment.NO_COLOR)
 
 
 def _prefix(member: str, number: int, coloured: bool) -> bytes:
