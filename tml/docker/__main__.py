@@ -7,6 +7,8 @@ mistake in the flags.
 
 import importlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = flags.function.partition(":")
     try:
         # Imported only now: a verb pays for its own modules alone.
-        return int(getattr(importlib.import_module(module), function)(flags, args))
+        code = int(getattr(importlib.import_module(module), function)(flags, args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `doctor | head`; Python would say so at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LauncherError as error:
         print(f"tml: {error}", file=sys.stderr)
         return error.exit_code
