@@ -413,6 +413,20 @@ def test_a_job_that_was_told_to_stop_is_not_started_again(launcher: Any, client:
     assert nothing_is_left(client)
 
 
+def test_a_signal_while_a_failed_attempt_is_stopped_starts_nothing_again(
+    launcher: Any, client: Any
+) -> None:
+    launcher.script(f"[ $SPEC_TYPE = worker ] && {{ sleep 1; exit 9; }}\n{GRACEFUL}")
+    process = launcher.start("up", "standin", "--max-restarts", "5", "--env", "LINGER=2")
+    wait_for_lines(process, "chief    | saving")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    # The failure came first, so its status is the job's.
+    assert process.returncode == 9
+    assert "attempt" not in err
+    assert nothing_is_left(client)
+
+
 # In the background
 
 
