@@ -147,16 +147,16 @@ def test_ps_tells_the_cause_of_a_failure(jobs: Any) -> None:
 
 def test_a_job_is_named_by_its_beginning_and_a_wrong_name_lists_what_there_is(jobs: Any) -> None:
     jobs.script(IDLE)
-    for name in ("pair-one", "pair-two"):
+    for name in (f"{PROJECT}-one", f"{PROJECT}-two"):
         assert jobs("run", PROJECT, "--detach", "--name", name).returncode == 0
-    none, many = jobs("stop", "nobody"), jobs("stop", "pair")
+    none, many = jobs("stop", "nobody"), jobs("stop", PROJECT)
     assert (none.returncode, many.returncode) == (125, 125)
     for error in (none.stderr, many.stderr, jobs("logs").stderr):
-        assert "pair-one" in error
-        assert "pair-two" in error
-    assert jobs("stop", "pair-o").returncode == 0
-    assert [job["job"] for job in listed(jobs)] == ["pair-two"]
-    assert jobs("stop").stdout == "stopped pair-two\n"
+        assert f"{PROJECT}-one" in error
+        assert f"{PROJECT}-two" in error
+    assert jobs("stop", f"{PROJECT}-o").returncode == 0
+    assert [job["job"] for job in listed(jobs)] == [f"{PROJECT}-two"]
+    assert jobs("stop").stdout == f"stopped {PROJECT}-two\n"
 
 
 # stop
@@ -212,6 +212,14 @@ def test_stop_wakes_a_launcher_that_was_suspended(jobs: Any, attached: Any, clie
     assert jobs("stop").returncode == 0
     assert containers(client) == []
     assert process.wait(10) == 143
+
+
+def test_ps_shows_that_a_job_is_being_stopped(jobs: Any, until: Any) -> None:
+    detached(jobs, STUBBORN)
+    stop = jobs.start("stop", "--stop-grace", "8")
+    until(lambda: [job for job in listed(jobs) if job["state"] == "stopping"])
+    stop.communicate(timeout=30)
+    assert stop.returncode == 0
 
 
 @pytest.mark.parametrize("orphaned", [False, True], ids=["owned", "orphaned"])
@@ -271,7 +279,7 @@ def test_gc_removes_what_dead_launchers_left_and_nothing_else(
     (orphan,) = listed(jobs)
     dead.kill()
     dead.wait()
-    living = attached(IDLE, "--name", "living")
+    living = attached(IDLE, "--name", f"{PROJECT}-living")
     labels = {"tml.run": "x", "tml.job": "far", "tml.project": PROJECT}
     bystanders = {
         "unlabelled": {},
@@ -281,7 +289,9 @@ def test_gc_removes_what_dead_launchers_left_and_nothing_else(
     try:
         for name, given in bystanders.items():
             config = {"Image": "local/torch", "Cmd": ["sleep", "60"], "Labels": given}
-            client.start(client.create_container_from_config(config, name=f"gc-{name}")["Id"])
+            client.start(
+                client.create_container_from_config(config, name=f"{PROJECT}-{name}")["Id"]
+            )
         before = jobs("gc", "--dry-run")
         assert f"would remove container {orphan['job']}: its launcher died" in before.stdout
         assert orphan["job"] in containers(client)
@@ -293,22 +303,22 @@ def test_gc_removes_what_dead_launchers_left_and_nothing_else(
             for kind in ("container", "record")
         ]
         why = {item["name"]: item["why"] for item in report["left"]}
-        assert why["living"] == f"its launcher, process {living.pid}, lives"
-        assert why["gc-far"] == "its launcher is on another machine, another-machine"
-        assert why["gc-unowned"] == "it names no launcher"
-        assert "gc-unlabelled" not in why
+        assert why[f"{PROJECT}-living"] == f"its launcher, process {living.pid}, lives"
+        assert why[f"{PROJECT}-far"] == "its launcher is on another machine, another-machine"
+        assert why[f"{PROJECT}-unowned"] == "it names no launcher"
+        assert f"{PROJECT}-unlabelled" not in why
         assert orphan["job"] not in containers(client)
         # It was stopped with its grace, as any other.
         assert (jobs.home / "tmp" / "saved").exists()
         ended = listed_one(jobs, orphan["job"])
         assert (ended["state"], ended["exit_code"]) == ("ended", 125)
         assert ended["cause"] == "its launcher died"
-        for name in ("living", *(f"gc-{name}" for name in bystanders)):
+        for name in (f"{PROJECT}-living", *(f"{PROJECT}-{name}" for name in bystanders)):
             assert client.inspect_container(name)["State"]["Running"], name
         assert living.poll() is None
     finally:
         for name in bystanders:
-            client.remove_container(f"gc-{name}", force=True)
+            client.remove_container(f"{PROJECT}-{name}", force=True)
     assert jobs("gc").stdout.endswith("nothing to remove: no launcher that is dead left anything\n")
 
 
@@ -345,21 +355,21 @@ def test_a_network_in_use_by_others_stays_and_gc_says_so(jobs: Any, client: Any)
     dead = subprocess.Popen(["true"])
     dead.wait()
     owner = f"{os.uname().nodename}:{dead.pid}:an-earlier-boot:1"
-    client.create_network("gc-shared", labels={**labels, "tml.owner": owner})
+    client.create_network(f"{PROJECT}-shared", labels={**labels, "tml.owner": owner})
     config = {
         "Image": "local/torch",
         "Cmd": ["sleep", "60"],
-        "HostConfig": {"NetworkMode": "gc-shared"},
+        "HostConfig": {"NetworkMode": f"{PROJECT}-shared"},
     }
-    client.start(client.create_container_from_config(config, name="gc-guest")["Id"])
+    client.start(client.create_container_from_config(config, name=f"{PROJECT}-guest")["Id"])
     try:
         done = jobs("gc")
         assert done.returncode == 125
-        assert "left network gc-shared: " in done.stdout
-        assert client.inspect_container("gc-guest")["State"]["Running"]
+        assert f"left network {PROJECT}-shared: " in done.stdout
+        assert client.inspect_container(f"{PROJECT}-guest")["State"]["Running"]
     finally:
-        client.remove_container("gc-guest", force=True)
-    assert "removed network gc-shared" in jobs("gc").stdout
+        client.remove_container(f"{PROJECT}-guest", force=True)
+    assert f"removed network {PROJECT}-shared" in jobs("gc").stdout
 
 
 def test_a_record_without_launcher_and_containers_is_lost_until_gc(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import jobs, logs
+from tml.docker import jobs, logs, records
 from tml.docker.errors import LauncherError
 from tml.docker.jobs import Job, Member
 from tml.docker.owner import this_process
@@ -132,6 +132,15 @@ def test_a_role_means_a_member_or_all_of_that_role() -> None:
         jobs.choose_members(job(), names, "evaluator")
 
 
+def test_the_record_of_an_earlier_job_of_the_same_name_is_not_this_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.XDG_STATE_HOME, str(tmp_path))
+    records.write(record("mine", run_id="earlier", state="ended", exit_code=9))
+    assert jobs._with_record(job("mine", run_id="now")).record is None
+    assert jobs._with_record(job("mine", run_id="earlier")).record is not None
+
+
 # Kept logs
 
 
@@ -185,8 +194,6 @@ def test_how_a_job_ended_is_told_without_an_engine(
 ) -> None:
     monkeypatch.setenv(environment.XDG_STATE_HOME, str(tmp_path))
     (tmp_path / "chief.log").write_text("hello\n")
-    from tml.docker import records
-
     records.write(
         record("gone", state="ended", exit_code=7, logs=str(tmp_path), members=("chief",))
     )

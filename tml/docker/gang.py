@@ -215,6 +215,10 @@ class _Job:
             self.running_told = True
             self.told.on_running()
 
+    def stopping(self) -> None:
+        """SIGTERM goes to all; what follows is the grace."""
+        self._change_record(state="stopping")
+
     def end_record(self, code: int, cause: str | None) -> None:
         """Note down how the job ended."""
         if self.record is not None:
@@ -514,6 +518,7 @@ class _Attempt:
         if not self.stopping:
             self.stopping = True
             self.kill_at = time.monotonic() + self._grace_s
+            self.job.stopping()
         self._signal("SIGTERM")
 
     def _kill(self) -> None:
