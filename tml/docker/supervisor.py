@@ -10,13 +10,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from tml.docker import signals
 from tml.docker.errors import ENGINE_FAILED, LauncherError
 from tml.docker.plan import Gang
 
 LOG = "launcher.log"
+NEVER_RAN = "the job ended in the background before its containers ran"
 
 
 def start(gang: Gang, endpoint: str, verb: Literal["run", "up"]) -> int:
@@ -28,15 +31,29 @@ def start(gang: Gang, endpoint: str, verb: Literal["run", "up"]) -> int:
     # What is buffered would be written by both.
     sys.stdout.flush()
     sys.stderr.flush()
+    # Who is interrupted must know whom to stop: until then signals wait.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
     child = os.fork()
     if child == 0:
         os.close(ours)
-        _become_daemon(gang, endpoint, verb, theirs, log)
+        _become_daemon(gang, endpoint, verb, theirs, log, before)
     os.close(theirs)
     os.close(log)
     os.waitpid(child, 0)
-    _wait_until_running(ours)
-    print(gang.job, flush=True)
+    with open(ours) as told:
+        first = told.readline()
+        if not first:
+            raise LauncherError(NEVER_RAN)
+        supervisor = int(json.loads(first)["supervisor"])
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _wait_until_running(told)
+            print(gang.job, flush=True)
+        except (KeyboardInterrupt, SystemExit):
+            # It is in a session of its own, where our terminal's Ctrl-C does not reach it.
+            with contextlib.suppress(OSError):
+                os.kill(supervisor, signal.SIGTERM)
+            raise
     python = "python -m tml.docker"
     logging.info("follow it: %s logs -f %s", python, gang.job)
     logging.info("wait for its end: %s wait %s; stop it: %s stop %s", *(python, gang.job) * 2)
@@ -53,31 +70,27 @@ def _open_log(logs: str) -> int:
         return os.open(os.devnull, os.O_WRONLY)
 
 
-def _wait_until_running(pipe: int) -> None:
+def _wait_until_running(lines: Iterable[str]) -> None:
     """Until the supervisor says that all runs; raises what it says instead."""
-    supervisor = 0
-    try:
-        with open(pipe) as lines:
-            for line in lines:
-                told: dict[str, Any] = json.loads(line)
-                supervisor = told.get("supervisor", supervisor)
-                if told.get("running"):
-                    return
-                if "error" in told:
-                    raise LauncherError(told["error"], told["code"])
-    except (KeyboardInterrupt, SystemExit):
-        # It is in a session of its own, where our terminal's Ctrl-C does not reach it.
-        if supervisor:
-            os.kill(supervisor, signal.SIGTERM)
-        raise
-    raise LauncherError("the job ended in the background before its containers ran")
+    for line in lines:
+        told: dict[str, Any] = json.loads(line)
+        if told.get("running"):
+            return
+        if "error" in told:
+            raise LauncherError(told["error"], told["code"])
+    raise LauncherError(NEVER_RAN)
 
 
 # The supervisor's own process
 
 
 def _become_daemon(
-    gang: Gang, endpoint: str, verb: Literal["run", "up"], pipe: int, log: int
+    gang: Gang,
+    endpoint: str,
+    verb: Literal["run", "up"],
+    pipe: int,
+    log: int,
+    mask: Iterable[int],
 ) -> NoReturn:
     """In the first child: a session without a terminal, and a second child that does the work."""
     os.setsid()
@@ -87,6 +100,7 @@ def _become_daemon(
     try:
         _redirect(log)
         _tell(pipe, supervisor=os.getpid())
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = _supervise(gang, endpoint, verb, pipe)
     except BaseException:
         logging.exception("the supervisor of %s ended", gang.job)
