@@ -19,8 +19,10 @@ from tml.optimizers import OptimizerConfig
 
 BIAS = ".bias"
 """What is added to a table's name for the table of its entities' biases."""
-MAX_SCORES = 1 << 29
-"""Scores of one step of one process at most, where all rows are candidates: 2 GiB of float32."""
+MAX_SCORES = 1 << 28
+"""Scores of one step of one process at most, where all rows are candidates: 1 GiB of float32, a few
+times over.
+"""
 
 
 class RuntimeConfig(Config):

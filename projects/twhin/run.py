@@ -229,6 +229,8 @@ def _validate(
             "degree_power",
             "all_negatives",
         )
+        if config.train_data.all_negatives:  # as many scores as in training
+            names += ("per_replica_batch_size",)
         data = data.model_copy(update={name: getattr(config.train_data, name) for name in names})
     reader = build_reader(data, layout, job, config.training.seed, 1, 1)
     batches = read_batches(

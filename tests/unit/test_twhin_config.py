@@ -163,11 +163,11 @@ def test_all_negatives_of_a_large_table_are_refused_with_the_numbers() -> None:
     }
     message = refusal(tree)
     assert "1,000 edges a batch × 1,000,000 rows of table 'user' are 1,000,000,000" in message
-    assert "make per_replica_batch_size 536 at most" in message
-    tree["train_data"]["per_replica_batch_size"] = 536
+    assert "make per_replica_batch_size 268 at most" in message
+    tree["train_data"]["per_replica_batch_size"] = 268
     build_config(TwhinConfig, tree, "test")
     tree["training"] = {"gradient_accumulation": 2}
-    assert "1,072 edges a batch" in refusal(tree)
+    assert "536 edges a batch" in refusal(tree)
 
 
 def test_validation_compares_with_all_only_where_training_does() -> None:
