@@ -198,8 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logs.set_up(0)
     if not arguments.logdir.is_dir():
-        logger.error("error: --logdir %s: there is no such folder", arguments.logdir)
-        return 2
+        # The first run may make it; a parent that is not there either is a mistake.
+        if arguments.logdir.exists() or not arguments.logdir.parent.is_dir():
+            logger.error("error: --logdir %s: there is no such folder", arguments.logdir)
+            return 2
+        logger.warning("--logdir %s: waiting for the first run there", arguments.logdir)
     return serve(arguments.logdir, arguments.host, arguments.port)
 
 

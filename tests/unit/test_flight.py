@@ -48,6 +48,8 @@ class Numbers:
 
     def batches(self, position: Json) -> Iterator[Batch]:
         try:
+            while "endless" in position:
+                yield pa.record_batch({"x": np.zeros(100_000)}), {"after": position}
             for number in range(position["batch"], 10):
                 if self.rank == 1 and number == 6:
                     raise DataError("data/x → y.gz, record 6: " + "long " * 5000)
@@ -139,7 +141,7 @@ def test_a_request_for_other_settings_is_refused(server: Any, sources: list[Numb
 
 
 def test_a_stream_that_is_left_is_closed(server: Any, sources: list[Numbers], until: Wait) -> None:
-    batches = remote(server).batches({"epoch": 0, "batch": 2})
+    batches = remote(server).batches({"epoch": 0, "endless": True})
     next(batches)
     assert server.num_streams == 1
     batches.close()  # type: ignore[attr-defined]

@@ -127,11 +127,22 @@ def call(*arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    done = call(f"--logdir={tmp_path}/none")
-    assert (done.returncode, done.stderr) == (
-        2,
-        f"error: --logdir {tmp_path}/none: there is no such folder\n",
-    )
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "none" / "runs", tmp_path / "file"):
+        done = call(f"--logdir={wrong}")
+        assert done.returncode == 2
+        assert done.stderr == f"error: --logdir {wrong}: there is no such folder\n"
+
+
+def test_a_folder_that_the_first_run_makes_is_waited_for(tmp_path: Path, until: Wait) -> None:
+    board = Board(tmp_path / "runs", tmp_path / "tmp")
+    try:
+        assert "waiting for the first run" in board.said
+        log(tmp_path / "runs" / "first", 10)
+        until(lambda: board.points("first", "train/loss") == [(10, 10)], 60)
+    finally:
+        board.process.kill()
+        board.process.wait()
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
