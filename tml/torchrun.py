@@ -61,19 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, nodes: Nodes | None) -> int:
     try:
-        run.run(arguments)
-    except ChildFailedError as error:
-        code, said = _first_failure(error)
-        if nodes is not None:
-            code, said = nodes.settle(code, said)
-        return _fail(said, code) if said else code
+        failure = _launch(arguments)
+        if nodes is None:
+            code, said = failure or (0, "")
+        elif failure is None:
+            nodes.leave()
+            return 0
+        else:
+            code, said = nodes.settle(*failure)
     except NodesError as error:
         return _fail(str(error), error.exit_code)
-    except SignalException as error:
+    except SignalException as error:  # also while the end is settled with the other nodes
         return 128 + int(error.sigval)
-    if nodes is not None:
-        nodes.leave()
-    return 0
+    return _fail(said, code) if said else code
+
+
+def _launch(arguments: argparse.Namespace) -> tuple[int, str] | None:
+    """Run the ranks of this node; returns the exit status and last words of the first to fail."""
+    try:
+        run.run(arguments)
+    except ChildFailedError as error:
+        return _first_failure(error)
+    return None
 
 
 def _set_num_nodes() -> None:

@@ -271,7 +271,7 @@ def test_a_full_disk_in_the_run_folder(job: Job, repeat: int) -> None:
         job.start(*flags, *keep)
         code, err = job.end(90)
         assert code == 2, err
-        assert "No space left" in err
+        assert "no space left on device" in err
         assert "/small/run" in err
         job.check_nothing_left()
         assert not list(unfinished(job.save_dir))
