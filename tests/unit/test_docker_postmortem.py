@@ -359,6 +359,13 @@ def test_a_failure_that_is_known_has_a_cause_and_a_remedy(case: str) -> None:
     assert "what to do: " in flat
 
 
+def test_memory_last_looked_at_long_before_is_not_told() -> None:
+    early = ended(
+        of=plan(memory_bytes=64 * MIB), exit_code=137, oom_killed=True, memory_peak=9 * MIB
+    )
+    assert explain_failure([early], None).cause.endswith("out of memory: limit 64 MiB")
+
+
 def test_an_exception_is_the_cause_and_gets_no_made_up_remedy() -> None:
     told = explain_failure(
         [ended("[rank1]: RuntimeError: broken batch", PEER, *torchrun(1, ""))], None

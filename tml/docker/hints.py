@@ -44,7 +44,10 @@ def _out_of_memory(ended: Ended, lines: list[str]) -> Finding | None:
         return None
     who = "" if ended.exit_code == 137 else "a process in it was killed, "
     limit = ended.plan.memory_bytes
-    seen = f", {in_bytes(ended.memory_peak)} in use" if ended.memory_peak else ""
+    peak = ended.memory_peak
+    # Looked at every few seconds: what it had long before its end would mislead.
+    telling = peak and (limit is None or peak > limit / 2)
+    seen = f", {in_bytes(peak)} in use" if peak and telling else ""
     smaller = "make the job smaller: batch size, embedding_dim, fewer processes (--nproc-per-node)"
     if limit is None:
         return Finding(
