@@ -340,11 +340,23 @@ class TwhinConfig(Config):
                 if not data.all_negatives:
                     raise ValueError(f"{where}.all_negatives: train_data must have it too")
         softmax = self.model.loss.softmax
-        only_drawn = not data.in_batch_negatives and not data.all_negatives
-        if softmax is not None and softmax.log_q and not only_drawn:
+        corrects = softmax is not None and softmax.log_q
+        for where, one in (("train_data", data), ("validation_data", self.validation_data)):
+            if one is None:
+                continue
+            if corrects and (one.in_batch_negatives or one.all_negatives):
+                raise ValueError(
+                    "model.loss.softmax.log_q: only negatives that are drawn can be corrected; use "
+                    f"{where}.global_negatives alone"
+                )
+            if one.degree_power and not data.degree_power:
+                raise ValueError(
+                    f"{where}.degree_power: degrees are counted where train_data has it too"
+                )
+        if data.degree_power and not data.global_negatives:
             raise ValueError(
-                "model.loss.softmax.log_q: only negatives that are drawn can be corrected; use "
-                "train_data.global_negatives alone"
+                "train_data.degree_power: it decides how global_negatives are drawn, and there are "
+                "none; set global_negatives above 0, or leave it out"
             )
         return self
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from projects.twhin import gradients
 from projects.twhin.config import BIAS, DataConfig, LossConfig, ModelConfig
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
@@ -77,6 +78,8 @@ class TwhinModel(nn.Module):
         self._config = config
         self._scoring = build_scoring(config, self.operators)
         self._amp = amp
+        self.writes_gradients = True
+        """Whether losses with written-out gradients are computed by them; tests compare both."""
 
     @property
     def translations(self) -> nn.Parameter:
@@ -106,17 +109,32 @@ class TwhinModel(nn.Module):
         whole = self._whole(batch) if data.all_negatives else {}
         for group in batch.groups:
             found = [self._entities(sections, table) for table, _ in group.lookups()]
+            everyone = None
+            if data.all_negatives:
+                everyone = (whole[group.lhs_table], whole[group.rhs_table])
             with torch.autocast(device.type, torch.bfloat16, enabled=self._amp):
-                if data.all_negatives:
-                    everyone = (whole[group.lhs_table], whole[group.rhs_table])
-                    scores = score_with_all(group, found[0], found[1], everyone, self._scoring)
-                else:
-                    scores = score_group(group, EdgeVectors(*found), self._scoring, data)
-            weight = self.get_buffer("weights")[group.relation] if self._weighted else None
-            total = total + group_loss(scores, self._config.loss, weight)
+                total = total + self._loss(group, EdgeVectors(*found), everyone, data)
             if torch.is_grad_enabled():
                 total = total + self._penalty(group, found[0].vectors, found[1].vectors)
         return total
+
+    def _loss(
+        self,
+        group: Group,
+        vectors: "EdgeVectors",
+        everyone: tuple[Entities, Entities] | None,
+        data: DataConfig,
+    ) -> Tensor:
+        """Sum over the edges of a group; by written-out gradients where there are some."""
+        weight = self.get_buffer("weights")[group.relation] if self._weighted else None
+        config, scoring = self._config.loss, self._scoring
+        if self.writes_gradients and has_written_gradients(config, scoring, data):
+            return written_loss(group, vectors, everyone, scoring, data, config, weight)
+        if everyone is not None:
+            scores = score_with_all(group, vectors.lhs, vectors.rhs, everyone, scoring)
+        else:
+            scores = score_group(group, vectors, scoring, data)
+        return group_loss(scores, config, weight)
 
     def _look_up(self, batch: EdgeBatch) -> dict[str, Tensor]:
         """Table → rows of all lookups of the batch."""
@@ -301,20 +319,14 @@ def _side(
         else (group.rhs, group.rhs_negatives, group.rhs_log_counts)
     )
     n = len(true_ids)
-    num_chunks, num_negatives = ids.shape
-    vectors = negatives.vectors.view(num_chunks, num_negatives, negatives.vectors.shape[1])
-    biases = None if negatives.biases is None else negatives.biases.view(ids.shape)
-    scores = [scoring.with_shared(queries, Entities(vectors, biases), data.chunk_size)]
-    same = chunked(true_ids, data.chunk_size).unsqueeze(2) == ids.unsqueeze(1)
-    masks = [same.flatten(0, 1)[:n]]
+    shared, same, log_counts = _shared(true_ids, negatives, ids, log_counts, data.chunk_size)
+    scores = [scoring.with_shared(queries, shared, data.chunk_size)]
+    masks = [same]
     if in_batch is not None:
         size = data.in_batch_negatives + 1
         scores.append(scoring.with_shared(queries, true.chunks(size), size))
         mask = in_batch.transpose(1, 2) if side == "lhs" else in_batch
         masks.append(mask.flatten(0, 1)[:n])
-    if log_counts is not None:
-        size = min(data.chunk_size, n)
-        log_counts = log_counts.repeat_interleave(size, dim=0)[:n]
     if len(scores) == 1:
         return scores[0], masks[0], log_counts
     return torch.cat(scores, dim=1), torch.cat(masks, dim=1), log_counts
@@ -340,6 +352,81 @@ def score_with_all(
         positive = scores.gather(1, true_ids.unsqueeze(1)).squeeze(1)
         sides.append(SideScores(positive, scores, None, target=true_ids))
     return GroupScores(sides[0], sides[1], not scoring.reciprocal)
+
+
+def has_written_gradients(config: LossConfig, scoring: Scoring, data: DataConfig) -> bool:
+    """Whether `written_loss` knows it: dot, softmax or logistic, no in-batch negatives."""
+    is_sum = config.logistic is not None and config.logistic.negatives == "sum"
+    return (
+        scoring.comparator == "dot"
+        and (config.softmax is not None or is_sum)
+        and not data.in_batch_negatives
+        and (data.global_negatives > 0 or data.all_negatives)
+    )
+
+
+def written_loss(
+    group: Group,
+    vectors: EdgeVectors,
+    everyone: tuple[Entities, Entities] | None,
+    scoring: Scoring,
+    data: DataConfig,
+    config: LossConfig,
+    weight: Tensor | None,
+) -> Tensor:
+    """What score_group or score_with_all and group_loss make together, by `gradients`."""
+    temperature = None if config.softmax is None else config.softmax.temperature
+    total = torch.zeros((), device=vectors.lhs.vectors.device)
+    for side, asking, true, true_ids, negatives, ids, log_counts in (
+        (
+            "lhs",
+            vectors.rhs,
+            vectors.lhs,
+            group.lhs,
+            vectors.lhs_negatives,
+            group.lhs_negatives,
+            group.lhs_log_counts,
+        ),
+        (
+            "rhs",
+            vectors.lhs,
+            vectors.rhs,
+            group.rhs,
+            vectors.rhs_negatives,
+            group.rhs_negatives,
+            group.rhs_log_counts,
+        ),
+    ):
+        queries = scoring.queries(side, asking, group.relation)
+        objective = gradients.Objective(temperature, side == "rhs" or scoring.reciprocal)
+        if everyone is not None:
+            candidates = everyone[0] if side == "lhs" else everyone[1]
+            total = total + gradients.full_loss(queries, candidates, true_ids, weight, objective)
+            continue
+        shared, masked, counts = _shared(true_ids, negatives, ids, log_counts, data.chunk_size)
+        total = total + gradients.shared_loss(
+            queries, true, shared, masked, counts, weight, objective, data.chunk_size
+        )
+    return total
+
+
+def _shared(
+    true_ids: Tensor,
+    negatives: Entities,
+    ids: Tensor,
+    log_counts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Entities, Tensor, Tensor | None]:
+    """The drawn negatives by chunk (chunks, K, D), the mask of accidental hits (n, K), and the logs
+    of the expected counts (n, K).
+    """
+    n = len(true_ids)
+    vectors = negatives.vectors.view(*ids.shape, negatives.vectors.shape[1])
+    biases = None if negatives.biases is None else negatives.biases.view(ids.shape)
+    same = chunked(true_ids, chunk_size).unsqueeze(2) == ids.unsqueeze(1)
+    if log_counts is not None:
+        log_counts = log_counts.repeat_interleave(min(chunk_size, n), dim=0)[:n]
+    return Entities(vectors, biases), same.flatten(0, 1)[:n], log_counts
 
 
 def in_batch_mask(group: Group, chunk_size: int) -> Tensor:

@@ -222,15 +222,15 @@ def _validate(
     the loss says nothing.
     """
     if not (data.global_negatives or data.in_batch_negatives or data.all_negatives):
-        names = (
+        names = [
             "global_negatives",
             "in_batch_negatives",
             "chunk_size",
             "degree_power",
             "all_negatives",
-        )
+        ]
         if config.train_data.all_negatives:  # as many scores as in training
-            names += ("per_replica_batch_size",)
+            names.append("per_replica_batch_size")
         data = data.model_copy(update={name: getattr(config.train_data, name) for name in names})
     reader = build_reader(data, layout, job, config.training.seed, 1, 1)
     batches = read_batches(

@@ -157,6 +157,9 @@ def chunked(values: Tensor, size: int, padding: int = 0) -> Tensor:
 
 
 def _plus(scores: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    if rows is not None:
-        scores = scores + wide(rows).unsqueeze(1)
-    return scores if columns is None else scores + columns
+    for more in (None if rows is None else wide(rows).unsqueeze(1), columns):
+        if more is None:
+            continue
+        # Scores are fresh memory, which autograd may still need as they are.
+        scores = scores + more if scores.requires_grad else scores.add_(more)
+    return scores

@@ -182,6 +182,21 @@ def test_only_drawn_negatives_can_be_corrected() -> None:
     assert "log_q: only negatives that are drawn" in refusal(tree)
     tree["train_data"] |= {"in_batch_negatives": 0, "global_negatives": 5}
     build_config(TwhinConfig, tree, "test")
+    tree["validation_data"] = {"data_root": "x/*.parquet", "in_batch_negatives": 5}
+    assert "use validation_data.global_negatives alone" in refusal(tree)
+
+
+def test_degrees_decide_only_how_global_negatives_are_drawn() -> None:
+    tree = minimal()
+    tree["train_data"]["degree_power"] = 0.75
+    assert "degree_power: it decides how global_negatives are drawn" in refusal(tree)
+    tree["train_data"]["degree_power"] = 0
+    tree["validation_data"] = {
+        "data_root": "x/*.parquet",
+        "global_negatives": 5,
+        "degree_power": 0.75,
+    }
+    assert "validation_data.degree_power: degrees are counted where" in refusal(tree)
 
 
 def test_a_table_may_not_have_the_name_of_anothers_biases() -> None:

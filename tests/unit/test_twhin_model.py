@@ -572,3 +572,82 @@ def test_half_precision_that_overflows_ends_as_a_loss_that_is_no_number() -> Non
     assert not torch.isfinite(weights(tables)["user"]).all()
     # tml.train refuses to go on, or to save, with such a loss: DivergedError.
     assert not torch.isfinite(model(batch, data))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("reciprocal", [False, True])
+@pytest.mark.parametrize(
+    "operator", ["identity", "translation", "diagonal", "affine", "complex_diagonal"]
+)
+@pytest.mark.parametrize(
+    ("loss", "everyone"),
+    [
+        ({"softmax": {"temperature": 0.5}}, True),
+        ({"softmax": {"temperature": 0.5, "log_q": True}}, False),
+        ({"logistic": {}}, True),
+        ({"logistic": {}}, False),
+    ],
+    ids=["softmax-all", "softmax-drawn", "logistic-all", "logistic-drawn"],
+)
+def test_written_gradients_are_those_of_autograd(
+    loss: dict[str, Any], everyone: bool, operator: str, reciprocal: bool, biases: bool
+) -> None:
+    config = full_config(operator, loss, reciprocal=reciprocal, biases=biases)
+    data = DataConfig(
+        data_root="x", global_negatives=0 if everyone else 4, all_negatives=everyone, chunk_size=3
+    )
+    batch = full_batch(config, data, n=11)
+    found = []
+    for written in (True, False):
+        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
+        if biases:
+            start = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+            tables.fill("e.bias", ArrayRows(start))
+        model = TwhinModel(config, tables, seed=2)
+        model.writes_gradients = written
+        before = weights(tables)
+        value = model(batch, data)
+        (value * 0.5).backward()
+        gradients = {name: before[name] - after for name, after in weights(tables).items()}
+        for name, parameter in model.relation_parameters().items():
+            assert parameter.grad is not None
+            gradients[name] = parameter.grad
+        found.append((value.detach(), gradients))
+        with torch.no_grad():
+            model(batch, data)
+    (value, written_out), (expected, by_autograd) = found
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in by_autograd.items():
+        torch.testing.assert_close(written_out[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_written_gradients_of_huge_scores_stay_finite() -> None:
+    config = full_config("identity", {"softmax": {}}, init_scale=1e4)
+    tables = build_tables(table_specs(config), JOB, seed=3)
+    model = TwhinModel(config, tables)
+    data = DataConfig(data_root="x", global_negatives=4, chunk_size=3)
+    value = model(full_batch(config, data), data)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(weights(tables)["e"]).all()
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("written", [False, True])
+def test_bfloat16_gradients_are_close_to_those_of_float32(written: bool, everyone: bool) -> None:
+    config = full_config("complex_diagonal", {"softmax": {}}, reciprocal=True)
+    data = DataConfig(
+        data_root="x", global_negatives=0 if everyone else 4, all_negatives=everyone, chunk_size=3
+    )
+    batch = full_batch(config, data)
+    updates = []
+    for amp in (False, True):
+        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
+        model = TwhinModel(config, tables, seed=2, amp=amp)
+        model.writes_gradients = written
+        before = weights(tables)["e"]
+        model(batch, data).backward()
+        updates.append(before - weights(tables)["e"])
+    exact, rounded = updates
+    assert not rounded.equal(exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
