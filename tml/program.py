@@ -3,7 +3,6 @@
 import errno
 import signal
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,6 @@ from tml.train import DivergedError
 
 __all__ = ["ORPHANED", "add_overrides", "exit_code", "fail"]
 
-ORPHANED_WAIT_S = 2.0
-"""Between nodes: who failed first shall be seen to end first."""
 _LOST_PEER = (
     # gloo
     "closed by peer",
@@ -70,8 +67,6 @@ def _orphaned() -> int:
         "what failed is said there",
         file=sys.stderr,
     )
-    if environment.num_nodes() > 1:
-        time.sleep(ORPHANED_WAIT_S)
     return ORPHANED
 
 

@@ -4,6 +4,7 @@ One node, the chief, is known beforehand. It keeps a store at host:port and is r
 connect, are numbered, and all begin at the moment the last has come. (torchrun's own, c10d, asks
 once a second, numbers nodes by host name, and says nothing of who is missing.) While ranks train,
 a thread of each node says twice a second that it is there and looks whether another has failed.
+Silence counts only while the one who listens runs itself: a machine that slept has lost nobody.
 
 Keys of the store: joined, node/<rank> (its name), complete; beat/<rank>; failed (the first failure,
 as JSON), told (nodes that have read it); left.
@@ -32,12 +33,16 @@ from tml.distributed import ORPHANED
 
 POLL_S = 0.05
 BEAT_S = 0.5
+STOOD_STILL_S = 2.0
+"""Who has not come to ask for so long did not run: paused, suspended, starved."""
 JOIN_TIMEOUT_S = 60
 PREPARING_TIMEOUT_S = 1800
 """For a chief that is there and not ready yet: it may be making data before it trains."""
 LOST_AFTER_S = 15
 TIDY_S = 5.0
 """For ranks to end by themselves once another node has failed; then they are killed."""
+CAUSE_S = 3.0
+"""For the node that failed to say so, once ranks here have lost those there."""
 BEHIND_S = 2.0
 """A node that ends because of another ends so much later: what ends first is the cause."""
 _LOST = (RuntimeError,)
@@ -86,6 +91,7 @@ class Nodes(RendezvousHandler):
         self._store: TCPStore | None = None
         self._watch: _Watch | None = None
         self._heard_at: float | None = None
+        self._vain: Failure | None = None
         self._threads: list[threading.Thread] = []
 
     # What torchrun calls
@@ -116,7 +122,7 @@ class Nodes(RendezvousHandler):
             self._lost_chief(),
         )
         self._watch.start()
-        store = PrefixStore(self._run_id, self._store)
+        store = _AgentStore(self._run_id, self._store, self._wait_for)
         address = RendezvousStoreInfo(self._own_host(), self._port)
         return RendezvousInfo(store, rank, self._num_nodes, address)
 
@@ -149,11 +155,16 @@ class Nodes(RendezvousHandler):
 
     # What the program calls at the end
 
-    def leave(self) -> None:
-        """After a good end; the chief, whose store the others still read, leaves last."""
+    def leave(self) -> tuple[int, str]:
+        """After a good end here; the chief, whose store the others still read, leaves last. Exit
+        status and last words: those of a node that was lost before its own end.
+        """
         if self._watch is not None:
             self._watch.stop()
+        if self._vain is not None:
+            return self._vain.code, self._vain.said
         self._leave("left", wait_s=5.0)
+        return 0, ""
 
     def stop(self) -> bool:
         """End the threads; returns whether they have ended."""
@@ -168,7 +179,7 @@ class Nodes(RendezvousHandler):
         """Exit status and last words of this node, of which a rank ended with `code` and `said`:
         those of the node which failed first. Other nodes are told, where this is the first.
         """
-        failure = self._failure_elsewhere(wait_s=1.0 if code == ORPHANED else 0.0)
+        failure = self._failure_elsewhere(wait_s=CAUSE_S if code == ORPHANED else 0.0)
         if failure is not None:
             time.sleep(BEHIND_S)
             return failure.code, failure.said
@@ -284,6 +295,23 @@ class Nodes(RendezvousHandler):
 
     # Failures
 
+    def _wait_for(self, has_come: Callable[[], bool]) -> None:
+        """As long as the other nodes are there; NodesError where one has failed."""
+        assert self._watch is not None
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.is_set() and not has_come():
+                time.sleep(POLL_S)
+
+        thread = self._start(look)
+        while thread.is_alive():
+            self._vain = self._watch.failure_now()
+            if self._vain is not None:
+                over.set()
+                raise NodesError(self._vain.said, self._vain.code)
+            thread.join(POLL_S)
+
     def _raise_failure(self) -> None:
         assert self._store is not None
         if self._store.check(["failed"]):
@@ -325,7 +353,9 @@ class Nodes(RendezvousHandler):
 
     def _within(self, seconds: float, call: Callable[[], None]) -> None:
         """`call`, which may hang where the store is gone, for so long at the most."""
+        self._start(call).join(seconds)
 
+    def _start(self, call: Callable[[], None]) -> threading.Thread:
         def quietly() -> None:
             with suppress(*_LOST):
                 call()
@@ -333,7 +363,23 @@ class Nodes(RendezvousHandler):
         thread = threading.Thread(target=quietly, daemon=True)
         self._threads.append(thread)
         thread.start()
-        thread.join(seconds)
+        return thread
+
+
+class _AgentStore(PrefixStore):
+    """Where torchrun's nodes wait for one another: as long as the others work. Torch's own `wait`
+    hears no signal and of no loss for 300 s, and then leaves a node that still works.
+    """
+
+    def __init__(
+        self, prefix: str, store: Store, wait_for: Callable[[Callable[[], bool]], None]
+    ) -> None:
+        super().__init__(prefix, store)
+        self._wait_for = wait_for
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Until all of `keys` are there."""
+        self._wait_for(lambda: self.check(keys))
 
 
 class _Watch(threading.Thread):
@@ -346,8 +392,9 @@ class _Watch(threading.Thread):
         self._store, self._rank, self._lost_after_s = store, rank, lost_after_s
         self._lost_chief = lost_chief
         self._others = [n for n in range(1, num_nodes) if n != rank] if rank == 0 else []
-        self._seen = {other: (0, time.monotonic()) for other in self._others}
-        self._looked_at = time.monotonic()
+        self._beats = dict.fromkeys(self._others, 0)
+        self._silent = dict.fromkeys(self._others, 0)
+        self._looked_at = self._asked_at = time.monotonic()
         self._failure: Failure | None = None
         self._stopped = threading.Event()
 
@@ -367,8 +414,12 @@ class _Watch(threading.Thread):
 
     def failure_now(self) -> Failure | None:
         """What has failed elsewhere; also where the store no longer answers."""
+        now = time.monotonic()
+        if now - self._asked_at > STOOD_STILL_S:
+            self._looked_at = now
+        self._asked_at = now
         if self._failure is None and not self._stopped.is_set():
-            silent_s = time.monotonic() - self._looked_at
+            silent_s = now - self._looked_at
             if silent_s > self._lost_after_s:
                 self._failure = Failure(
                     ORPHANED, f"{self._lost_chief.said}: nothing heard for {silent_s:.0f} s"
@@ -383,17 +434,16 @@ class _Watch(threading.Thread):
             self._failure = _read_failure(self._store)
 
     def _find_silent(self) -> None:
-        """On the chief: a node that does not say that it is there has failed."""
-        now = time.monotonic()
+        """On the chief: a node that does not say that it is there has failed. Looks are counted,
+        not seconds, which also pass while this node is paused.
+        """
         for other in self._others:
-            beats, since = self._store.add(f"beat/{other}", 0), self._seen[other]
-            if beats != since[0]:
-                self._seen[other] = (beats, now)
-            elif now - since[1] > self._lost_after_s:
+            before, self._beats[other] = self._beats[other], self._store.add(f"beat/{other}", 0)
+            self._silent[other] = self._silent[other] + 1 if self._beats[other] == before else 0
+            silent_s = self._silent[other] * BEAT_S
+            if silent_s > self._lost_after_s:
                 name = self._store.get(f"node/{other}").decode().partition("/")[0]
-                failure = Failure(
-                    ORPHANED, f"lost node {name}: nothing heard for {now - since[1]:.0f} s"
-                )
+                failure = Failure(ORPHANED, f"lost node {name}: nothing heard for {silent_s:.0f} s")
                 self._store.compare_set("failed", "", json.dumps(asdict(failure)))
 
 

@@ -64,11 +64,8 @@ def _run(arguments: argparse.Namespace, nodes: Nodes | None) -> int:
         failure = _launch(arguments)
         if nodes is None:
             code, said = failure or (0, "")
-        elif failure is None:
-            nodes.leave()
-            return 0
         else:
-            code, said = nodes.settle(*failure)
+            code, said = nodes.settle(*failure) if failure else nodes.leave()
     except NodesError as error:
         return _fail(str(error), error.exit_code)
     except SignalException as error:  # also while the end is settled with the other nodes

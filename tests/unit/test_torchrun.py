@@ -1,12 +1,14 @@
 """tml.torchrun: defaults for one node, and several nodes that meet, end and fail together."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tml.machines import container, environment
@@ -28,6 +30,11 @@ def run():
             if mode[0] == "exit": os._exit(int(mode[2]))
             if mode[0] == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if mode[0] == "node": os.kill(os.getppid(), signal.SIGKILL); os._exit(1)
+            if mode[0] == "leave": return
+        if mode and mode[0] == "leave": time.sleep(600)
+        if mode and mode[0] == "until":
+            while not distributed.any_process(os.path.exists(mode[2])): time.sleep(0.02)
+            return
         while mode: distributed.any_process(False); time.sleep(0.02)
 sys.exit(program.exit_code(run))
 """
@@ -35,7 +42,9 @@ sys.exit(program.exit_code(run))
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """What ranks run; with `exit R CODE`, `kill R` or `node R` rank R fails."""
+    """What ranks run. With `exit R CODE`, `kill R` or `node R` rank R fails; with `leave R` it
+    alone ends well; with `until R FILE` all work until that file is there.
+    """
     (tmp_path / "rank.py").write_text(RANK)
     return tmp_path / "rank.py"
 
@@ -78,6 +87,20 @@ def ends(*nodes: "subprocess.Popen[str]") -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each."""
     told = [node.communicate(timeout=120) for node in nodes]
     return [(node.returncode, *words) for node, words in zip(nodes, told, strict=True)]
+
+
+def signal_all(number: int, *nodes: "subprocess.Popen[str]") -> None:
+    """Send a signal to nodes and their ranks, as `docker pause` stops all of a container."""
+    for node in nodes:
+        for process in (psutil.Process(node.pid), *psutil.Process(node.pid).children(True)):
+            process.send_signal(number)
+
+
+def wait_until_training(*nodes: "subprocess.Popen[str]") -> None:
+    """Each has said its first line."""
+    for node in nodes:
+        assert node.stdout is not None
+        assert node.stdout.readline().startswith("rank")
 
 
 def test_one_node_of_one_process_is_the_default(script: Path) -> None:
@@ -156,6 +179,70 @@ def test_a_node_that_vanished_is_told_from_one_that_failed(script: Path, failing
     assert "frame #" not in said
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_nodes_that_all_stood_still_have_lost_nobody(
+    script: Path, tmp_path: Path, first: int
+) -> None:
+    port, end = free_port(), tmp_path / "end"
+    argv = [str(script), "until", "0", str(end)]
+    nodes = [start_node(number, port, argv, ",lost_after=5") for number in (0, 1)]
+    wait_until_training(*nodes)
+    signal_all(signal.SIGSTOP, *nodes)
+    time.sleep(8.0)
+    signal_all(signal.SIGCONT, nodes[first])
+    time.sleep(1.5)  # One comes back before the other and hears nothing of it.
+    signal_all(signal.SIGCONT, nodes[1 - first])
+    time.sleep(1.5)
+    end.touch()
+    assert [(code, errors) for code, _, errors in ends(*nodes)] == [(0, ""), (0, "")]
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_node_that_alone_falls_silent_is_lost_in_the_end(script: Path, silent: int) -> None:
+    port = free_port()
+    argv = [str(script), "until", "0", "/none"]
+    nodes = [start_node(number, port, argv, ",lost_after=5") for number in (0, 1)]
+    wait_until_training(*nodes)
+    signal_all(signal.SIGSTOP, nodes[silent])
+    time.sleep(2.5)
+    assert nodes[1 - silent].poll() is None
+    ((code, _, errors),) = ends(nodes[1 - silent])
+    signal_all(signal.SIGKILL, nodes[silent])
+    ends(nodes[silent])
+    assert code == 3
+    lost = "lost the chief at" if silent == 0 else "lost node"
+    assert f"error: {lost}" in errors
+    assert "nothing heard for" in errors
+
+
+def test_a_node_that_has_ended_well_waits_for_the_others_and_hears_of_their_loss(
+    script: Path,
+) -> None:
+    port = free_port()
+    argv = [str(script), "leave", "0"]
+    nodes = [start_node(number, port, argv, ",lost_after=3") for number in (0, 1)]
+    wait_until_training(*nodes)
+    time.sleep(5.0)  # Longer than a silence may last: at its end too a node says that it is there.
+    assert [node.poll() for node in nodes] == [None, None]
+    signal_all(signal.SIGKILL, nodes[1])
+    (code, _, errors), _ = ends(*nodes)
+    assert (code, errors.count("\n")) == (3, 1)
+    assert "error: lost node" in errors
+
+
+def test_a_node_that_waits_for_the_others_at_its_end_can_be_stopped(script: Path) -> None:
+    port = free_port()
+    nodes = [start_node(number, port, [str(script), "leave", "0"]) for number in (0, 1)]
+    wait_until_training(*nodes)
+    time.sleep(2.0)
+    nodes[0].terminate()
+    started = time.monotonic()
+    assert nodes[0].wait(30) == 143
+    assert time.monotonic() - started < 10
+    signal_all(signal.SIGKILL, nodes[1])
+    ends(*nodes)
+
+
 def test_a_chief_that_does_not_come_is_named_with_its_address(script: Path) -> None:
     node = start_node(
         1, 29500, [str(script)], ",join_timeout=1", PET_RDZV_ENDPOINT="chief.invalid:29500"
@@ -196,7 +283,7 @@ def test_a_number_that_is_none_is_refused_in_one_line(script: Path) -> None:
 
 
 def test_threads_are_shared_by_the_containers_and_limited_by_the_engine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(environment.TML_WORKERS, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
@@ -205,9 +292,22 @@ def test_threads_are_shared_by_the_containers_and_limited_by_the_engine(
     assert [container.threads_of_process(n) for n in (1, 2, 5)] == [4, 2, 1]
     monkeypatch.setattr(container, "_processor_limit", lambda: 2.5)
     assert [container.threads_of_process(n) for n in (1, 2, 5)] == [2, 1, 1]
-    monkeypatch.undo()
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert container._processor_limit(tmp_path / "cpu.max") == 1.5
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert container._processor_limit(tmp_path / "cpu.max") == float("inf")
-    assert container._processor_limit(tmp_path / "none") == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("files", "processors"),
+    [
+        ({}, float("inf")),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+    ],
+)
+def test_the_limit_is_read_from_either_version_of_cgroups(
+    tmp_path: Path, files: dict[str, str], processors: float
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert container._processor_limit(tmp_path) == processors

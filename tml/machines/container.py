@@ -36,10 +36,15 @@ def threads_of_process(num_processes: int) -> int:
     return max(1, math.floor(min(shared, _processor_limit()) / num_processes))
 
 
-def _processor_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+def _processor_limit(folder: Path = Path("/sys/fs/cgroup")) -> float:
     """Processors that `docker run --cpus` allows; infinite where nothing is said."""
+    both = folder / "cpu.max"  # cgroup v2; v1 has a file for each, and -1 for no limit
+    files = [both] if both.exists() else [folder / f"cpu/cpu.cfs_{n}_us" for n in _QUOTA]
     try:
-        quota, period = file.read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
+        quota, period = " ".join(file.read_text() for file in files).split()
+        return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
     except (OSError, ValueError):
         return math.inf
+
+
+_QUOTA = ("quota", "period")

@@ -123,12 +123,6 @@ def compose_workers() -> int | None:
     return _integer(TML_WORKERS, 0) if os.environ.get(TML_WORKERS) else None
 
 
-def num_nodes() -> int:
-    """Containers that train together, as torchrun was told; 1 where it was told nothing."""
-    text = os.environ.get(PET_NNODES, "").rpartition(":")[2]
-    return max(1, int(text)) if text.isdigit() else 1
-
-
 def datasetworkers() -> tuple[str, ...]:
     """Addresses of the data set workers, as host:port; none where data are read here."""
     text = os.environ.get(TML_DATASETWORKERS, "")
