@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tml.docker.owner import this_process
+
 pytestmark = pytest.mark.docker
 
 PROJECT = f"jobs{os.urandom(4).hex()}"
@@ -350,6 +352,27 @@ def test_gc_removes_all_of_a_gang_whose_launcher_was_killed(
     assert listed_one(jobs, job["job"])["exit_code"] == 125
 
 
+def test_a_name_that_a_dead_launcher_left_is_freed_by_gc(jobs: Any, client: Any) -> None:
+    host, _, boot, start, namespace = this_process().split(":")
+    labels = {
+        "tml.run": "0",
+        "tml.job": "tml-jobs-left",
+        "tml.project": PROJECT,
+        "tml.owner": f"{host}:{dead_pid()}:{boot}:{start}:{namespace}",
+    }
+    name = f"tml-left-{PROJECT}"
+    jobs.script("exit 4\n")
+    client.create_container("local/torch", name=name, labels=labels)
+    client.create_network(name, labels=labels)
+    for verb, kind in (("run", "container"), ("up", "network")):
+        done = jobs(verb, PROJECT, "--name", name)
+        assert done.returncode == 125
+        assert f"a {kind} named {name} exists already: its launcher is dead" in done.stderr
+        assert "python -m tml.docker gc" in done.stderr
+    assert jobs("gc").returncode == 0
+    assert jobs("run", PROJECT, "--name", name).returncode == 4
+
+
 def test_a_network_in_use_by_others_stays_and_gc_says_so(jobs: Any, client: Any) -> None:
     labels = {"tml.run": "y", "tml.job": "gone", "tml.project": PROJECT}
     dead = subprocess.Popen(["true"])
@@ -419,9 +442,12 @@ def test_wait_sees_the_end_of_an_attached_run(jobs: Any, attached: Any) -> None:
 # logs
 
 
-def test_logs_of_an_attached_run_come_from_the_engine(jobs: Any, attached: Any) -> None:
+def test_logs_that_are_not_kept_come_from_the_engine(jobs: Any, attached: Any) -> None:
     attached("echo ready; echo told >&2; printf '%40000s\\n' x; sleep 60\n")
     time.sleep(0.5)
+    # As of a run on a terminal.
+    (kept,) = jobs.home.glob("tmp/runs/*/logs/*/chief.log")
+    kept.unlink()
     done = jobs("logs")
     assert done.stdout == f"ready\n{'x':>40000}\n"
     assert done.stderr == "told\n"
@@ -491,6 +517,21 @@ def test_logs_say_why_a_job_failed(jobs: Any) -> None:
     done = jobs("logs", name)
     assert (done.returncode, done.stdout) == (0, "ready\n")
     assert f"tml: {name} ended with exit status 6" in done.stderr
+    # What an attached job says when it fails; of this one only launcher.log has it else.
+    assert "tml:   last lines of" in done.stderr
+    assert "tml:     ready\n" in done.stderr
+
+
+def test_secrets_are_stars_in_logs_whatever_is_asked_for(jobs: Any) -> None:
+    jobs.script('echo "got $MY_TOKEN"; sleep 60\n')
+    planted = "planted-5ecret-value"
+    jobs("run", PROJECT, "--detach", "--env", "MY_TOKEN", MY_TOKEN=planted)
+    time.sleep(0.5)
+    for flags in ([], ["--timestamps"], ["--json"], ["--timestamps", "--json"]):
+        done = jobs("logs", *flags)
+        assert "got ***" in done.stdout
+        assert planted not in done.stdout + done.stderr
+    assert "this job was given secrets" in jobs("logs", "--timestamps").stderr
 
 
 def test_interrupting_logs_leaves_the_job_alone(jobs: Any, until: Any) -> None:

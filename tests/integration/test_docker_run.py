@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 time.sleep(60)
 '
+"""
+
+DEAF = """
+import sys
+from tml.docker import __main__, container, engine
+container.Container.when_ended = lambda *_, **__: None
+engine.LOOK_EVERY_S = 0.5
+sys.exit(__main__.main())
+"""
+"""The launcher with an engine that never tells of an exit, as one does that is so slow that it took
+note of our waiting only after the exit.
 """
 
 
@@ -231,6 +243,65 @@ def test_a_run_that_fails_is_told_with_its_last_lines_and_noted_down(launcher: A
     record = json.loads(path.read_text())
     assert (record["verb"], record["state"], record["exit_code"]) == ("run", "ended", 1)
     assert record["cause"].endswith("no such column")
+
+
+def test_without_a_terminal_the_output_is_kept_too_and_the_record_is_true(launcher: Any) -> None:
+    launcher.script(
+        "trap 'echo saving; sleep 2; exit 0' TERM; echo ready; echo $TOKEN\n"
+        "while true; do sleep 0.1; done\n"
+    )
+    process = launcher.start("run", "standin", "--env", "TOKEN=planted-5ecret")
+    assert process.stdout.readline() == "ready\n"
+    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    assert json.loads(path.read_text())["state"] == "running"
+    process.send_signal(signal.SIGINT)
+    process.stdout.readline()
+    assert process.stdout.readline() == "saving\n"
+    assert json.loads(path.read_text())["state"] == "stopping"
+    process.communicate(timeout=20)
+    record = json.loads(path.read_text())
+    assert (record["state"], record["exit_code"]) == ("ended", 130)
+    assert record["logs"] == str(launcher.home / "tmp/runs/standin/logs" / record["job"])
+    assert (Path(record["logs"]) / "chief.log").read_text() == "ready\n***\nsaving\n"
+
+
+def test_a_secret_in_the_last_lines_is_not_noted_down(launcher: Any) -> None:
+    launcher.script('echo "ValueError: bad token $TOKEN"; exit 1\n')
+    done = launcher("run", "standin", "--env", "TOKEN=planted-5ecret")
+    assert done.returncode == 1
+    # What the program prints is its own affair; what we say of it is ours.
+    assert "planted-5ecret" not in done.stderr
+    assert "ValueError: bad token ***" in done.stderr
+    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    assert "planted-5ecret" not in path.read_text()
+
+
+def test_a_container_that_somebody_removes_is_named(launcher: Any, client: Any) -> None:
+    launcher.script("echo ready; sleep 60\n")
+    process = launcher.start("run", "standin")
+    assert process.stdout.readline() == "ready\n"
+    client.remove_container(containers(client)[0]["Id"], force=True)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 137
+    # It depends on how far the engine was when it was asked.
+    assert "is gone: somebody removed it" in err or "docker rm -f" in err
+
+
+def test_a_container_that_is_gone_when_its_end_is_read_is_named(launcher: Any, client: Any) -> None:
+    launcher.argv = [sys.executable, "-c", DEAF]
+    launcher.script("echo ready; sleep 60\n")
+    process = launcher.start("run", "standin")
+    assert process.stdout.readline() == "ready\n"
+    client.remove_container(containers(client)[0]["Id"], force=True)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 137
+    assert "is gone: somebody removed it" in err
+
+
+def test_an_exit_that_the_engine_did_not_tell_of_is_seen(launcher: Any) -> None:
+    launcher.argv = [sys.executable, "-c", DEAF]
+    launcher.script("exit 6\n")
+    assert launcher("run", "standin").returncode == 6
 
 
 def test_a_detached_run_prints_its_name_and_is_removed_when_it_ends(

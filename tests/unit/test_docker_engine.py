@@ -2,9 +2,13 @@
 needed.
 """
 
+import http.server
 import json
 import os
+import re
 import socket
+import socketserver
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +108,50 @@ def test_a_project_that_is_not_there_needs_no_engine_to_be_missed(bare_launcher:
     done = bare_launcher("run", "nope", DOCKER_HOST="unix:///none.sock")
     assert done.returncode == 125
     assert "project 'nope' not found" in done.stderr
-    assert "there are: standin" in done.stderr
+    assert re.search(r"there are: p\d+/standin\.", done.stderr)
+
+
+@pytest.mark.parametrize("verb", ["ps", "stop", "gc", "logs", "wait", "exec"])
+def test_an_engine_that_fails_while_it_is_asked_is_told_in_a_line(
+    bare_launcher: Any, tmp_path: Path, verb: str
+) -> None:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        """Says its version, and fails at everything else."""
+
+        def do_GET(self) -> None:
+            good = self.path == "/version"
+            self.send_response(200 if good else 500)
+            self.end_headers()
+            self.wfile.write(b'{"ApiVersion": "1.45"}' if good else b'{"message": "out of sorts"}')
+
+        def address_string(self) -> str:
+            return ""
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    path = tmp_path / "broken.sock"
+    with socketserver.UnixStreamServer(str(path), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = bare_launcher(verb, DOCKER_HOST=f"unix://{path}")
+        server.shutdown()
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith(f"tml: the engine did not do what {verb} asked: 500")
+    assert "out of sorts" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to become somebody without a home")
+def test_a_user_without_a_home_is_told_so(bare_launcher: Any) -> None:
+    become = ["setpriv", "--reuid", "4321", "--regid", "4321", "--clear-groups"]
+    readable = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    bare_launcher.argv = [*become, *readable, *bare_launcher.argv]
+    del bare_launcher.env["HOME"]
+    done = bare_launcher("ps")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr == (
+        "tml: HOME is not set and this user has no entry in the user database: export HOME\n"
+    )
 
 
 def test_an_unknown_flag_is_refused_and_no_abbreviation_is_guessed(bare_launcher: Any) -> None:

@@ -2,13 +2,15 @@
 needed.
 """
 
+import queue
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tml.docker import output as outputs
-from tml.docker.gang import _Member
+from tml.docker.gang import _Attempt, _Member
 from tml.docker.output import LONGEST_LINE, Output
 from tml.docker.plan import Plan, Variable
 
@@ -126,3 +128,29 @@ def test_the_engines_times_are_compared_by_value(tmp_path: Path) -> None:
     times = ["2026-01-01T10:00:00.12Z", "2026-01-01T10:00:00.123Z", "2026-01-01T10:00:01Z"]
     assert [ended(t) for t in times] == sorted(ended(t) for t in times)
     assert sorted(times) != times
+
+
+def test_a_member_that_had_ended_before_the_engine_went_away_is_not_waited_for() -> None:
+    """Its output was cut off with the engine: nobody will tell of the end of that."""
+    job = SimpleNamespace(
+        gang=SimpleNamespace(members=(plan(),)),
+        client=SimpleNamespace(ping=lambda: True),
+        events=queue.SimpleQueue(),
+        stop_signal=0,
+    )
+    attempt = _Attempt(job)  # type: ignore[arg-type]
+    member = _Member(plan(), None, make(None, plan()).channel("chief"))  # type: ignore[arg-type]
+    member.state = {"ExitCode": 0}
+    attempt.members = [member]
+    attempt.stopping = True
+    attempt._engine_lost()
+    assert attempt._over()
+
+
+def test_what_comes_after_the_logs_were_closed_is_lost_and_nothing_else(tmp_path: Path) -> None:
+    output = make(tmp_path, *TWO, show=False)
+    channel = output.channel("chief")
+    channel.feed("stdout", b"one\n")
+    output.close()
+    channel.feed("stdout", b"two\n")
+    assert (tmp_path / "chief.log").read_text() == "one\n"

@@ -18,7 +18,8 @@ from tml.docker.owner import this_process
 from tml.docker.records import Record
 from tml.machines import environment
 
-ALIVE, DEAD, ELSEWHERE = this_process(), this_process() + "0", "another:1:2:3"
+ALIVE, ELSEWHERE = this_process(), "another:1:2:3:4"
+DEAD = ":".join([*ALIVE.split(":")[:3], "1", ALIVE.split(":")[4]])
 
 
 def member(name: str = "chief", state: str = "running") -> Member:

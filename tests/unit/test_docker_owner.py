@@ -23,8 +23,8 @@ def other() -> Iterator[subprocess.Popen[bytes]]:
 
 def label_of(pid: int) -> str:
     """The label that the process itself would write."""
-    host, _, boot, _ = this_process().split(":")
-    return f"{host}:{pid}:{boot}:{owner._start_ticks(pid)}"
+    host, _, boot, _, namespace = this_process().split(":")
+    return f"{host}:{pid}:{boot}:{owner._start_ticks(pid)}:{namespace}"
 
 
 def test_this_process_lives() -> None:
@@ -46,13 +46,36 @@ def test_a_process_lives_until_it_ends_also_before_anybody_waited_for_it(
 
 
 def test_a_later_process_of_the_same_number_is_another(other: "subprocess.Popen[bytes]") -> None:
-    host, pid, boot, start = label_of(other.pid).split(":")
+    host, pid, boot, start, _ = label_of(other.pid).split(":")
     assert liveness(f"{host}:{pid}:{boot}:{int(start) - 1}") == "dead"
 
 
 def test_a_process_before_a_reboot_is_dead(other: "subprocess.Popen[bytes]") -> None:
-    host, pid, _, start = label_of(other.pid).split(":")
-    assert liveness(f"{host}:{pid}:an-earlier-boot:{start}") == "dead"
+    host, pid, _, start, namespace = label_of(other.pid).split(":")
+    # After a reboot the namespace may have another number, too.
+    for there in (namespace, "1"):
+        assert liveness(f"{host}:{pid}:an-earlier-boot:{start}:{there}") == "dead"
+
+
+def test_of_a_process_in_a_container_with_this_machines_name_nothing_is_known(
+    other: "subprocess.Popen[bytes]",
+) -> None:
+    label = label_of(other.pid).rpartition(":")[0]
+    other.kill()
+    other.wait()
+    assert liveness(f"{label}:1") == "elsewhere"
+
+
+def test_a_process_that_cannot_be_looked_at_lives_as_long_as_its_number_is_taken(
+    other: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = label_of(other.pid)
+    # As without /proc, and where it hides other people's processes.
+    monkeypatch.setattr(owner, "_start_ticks", lambda _: None)
+    assert liveness(label) == "alive"
+    other.kill()
+    other.wait()
+    assert liveness(label) == "dead"
 
 
 def test_of_another_machine_nothing_is_known() -> None:
@@ -68,7 +91,7 @@ def test_a_label_that_names_no_process_is_nobody_here(label: str) -> None:
 def test_a_label_without_the_start_goes_by_number_and_boot(
     other: "subprocess.Popen[bytes]",
 ) -> None:
-    assert liveness(label_of(other.pid).rpartition(":")[0]) == "alive"
+    assert liveness(":".join(label_of(other.pid).split(":")[:3])) == "alive"
 
 
 def test_a_program_with_a_strange_name_is_read_right() -> None:

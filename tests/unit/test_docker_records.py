@@ -100,3 +100,24 @@ def test_of_many_that_have_ended_the_oldest_go(monkeypatch: pytest.MonkeyPatch) 
     records.write(record(job="runs", started=-1.0, state="running"))
     records.prune()
     assert [r.job for r in records.read_all()] == ["ended-3", "ended-2", "runs"]
+
+
+def test_a_long_job_that_ended_last_is_kept_before_short_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "KEPT", 1)
+    records.write(record(job="long", started=1.0, ended=9.0, state="ended"))
+    records.write(record(job="short", started=2.0, ended=3.0, state="ended"))
+    records.prune()
+    assert [r.job for r in records.read_all()] == ["long"]
+
+
+def test_records_that_cannot_be_removed_end_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    records.write(record(state="ended"))
+    monkeypatch.setattr(records, "KEPT", 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    records.prune()
+    assert records.read("tml-twhin-1") is not None

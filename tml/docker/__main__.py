@@ -14,8 +14,13 @@ from collections.abc import Sequence
 
 from tml.docker import flags as verbs
 from tml.docker import signals
-from tml.docker.errors import LauncherError
+from tml.docker.errors import ENGINE_FAILED, LauncherError
 from tml.machines import environment
+
+ENGINES_ERRORS = ("docker.", "requests.", "urllib3.")
+"""Whose exceptions mean that the engine refused, went away or was too slow. Not imported here: most
+of the time that a verb takes would go into that.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.as_exceptions()
     module, _, function = flags.function.partition(":")
     try:
+        _need_home()
         # Imported only now: a verb pays for its own modules alone.
         code = int(getattr(importlib.import_module(module), function)(flags, args))
         sys.stdout.flush()
@@ -44,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tml: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not type(error).__module__.startswith(ENGINES_ERRORS):
+            raise
+        print(f"tml: the engine did not do what {flags.verb} asked: {error}", file=sys.stderr)
+        return ENGINE_FAILED
+
+
+def _need_home() -> None:
+    try:
+        environment.home()
+    except ValueError as error:
+        raise LauncherError(str(error)) from error
 
 
 if __name__ == "__main__":

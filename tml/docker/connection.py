@@ -81,7 +81,7 @@ def _candidates(env: Mapping[str, str]) -> list[Endpoint]:
                 f"there is no Docker context {name!r} (from {origin}); there are: {there}"
             )
         return [Endpoint(url=contexts[name], origin=f"context {name}", context=name)]
-    others = [Path.home() / ".docker/run/docker.sock"]
+    others = [environment.home(env) / ".docker/run/docker.sock"]
     if env.get(environment.XDG_RUNTIME_DIR):
         others.insert(0, Path(env[environment.XDG_RUNTIME_DIR]) / "docker.sock")
     usual = Endpoint(url=DEFAULT_SOCKET, origin="the default")

@@ -8,19 +8,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tml.docker import secrets, terminal
 from tml.docker.errors import ENGINE_FAILED, LauncherError
-from tml.docker.owner import this_process
-from tml.docker.plan import Plan
+from tml.docker.owner import liveness, this_process
+from tml.docker.plan import LABEL_JOB, LABEL_OWNER, Plan
 from tml.docker.render import to_engine
 
 if TYPE_CHECKING:
     from docker import APIClient
 
+REMOVED = 137
+"""Exit status where somebody removed a container: it was killed for that."""
 ENGINE_BACK_S = 60.0
 """So long a job waits for an engine that went away: a restart takes less."""
 
@@ -44,6 +46,8 @@ class Container:
     @classmethod
     def create(cls, client: "APIClient", plan: Plan) -> "Container":
         """Create it, not started."""
+        from docker.errors import APIError
+
         secrets_file = secrets.stage(plan)
         try:
             config = to_engine(plan, this_process(), secrets_file)
@@ -51,8 +55,10 @@ class Container:
                 # Right from the first line; a resize can only follow once it runs.
                 config["HostConfig"]["ConsoleSize"] = list(terminal.window_size())
             created = client.create_container_from_config(config, name=plan.name)
-        except BaseException:
+        except BaseException as error:
             secrets.discard(secrets_file)
+            if isinstance(error, APIError) and is_taken(error):
+                raise name_taken(client, "container", plan.name) from error
             raise
         return cls(client, plan, str(created["Id"]), secrets_file)
 
@@ -128,11 +134,6 @@ class Container:
         except (APIError, OSError):
             pass  # It has ended, or the terminal has gone.
 
-    def state(self) -> State:
-        """How it is, or how it ended."""
-        state: State = self.client.inspect_container(self.id)["State"]
-        return state
-
     def look(self) -> tuple[State, bool] | None:
         """Its state, and whether it is on its network; None where it has been removed."""
         from docker.errors import APIError
@@ -147,11 +148,11 @@ class Container:
 
     def memory_in_use(self) -> int | None:
         """Bytes that it uses now, as `docker stats` counts them; None where unknown."""
-        from docker.errors import APIError
+        from docker.errors import DockerException
 
         try:
             found = self.client.stats(self.id, stream=False, one_shot=True)["memory_stats"]
-        except (APIError, OSError, KeyError):
+        except (DockerException, OSError, KeyError):  # An API before 1.41 has no one_shot.
             return None
         if "usage" not in found:
             return None
@@ -159,16 +160,6 @@ class Container:
         stats = found.get("stats", {})
         cached = stats.get("inactive_file", stats.get("total_inactive_file", 0))
         return int(found["usage"]) - int(cached)
-
-    def last_lines(self, count: int) -> tuple[str, ...]:
-        """The last of its output, as the engine has kept it; nothing where it keeps none."""
-        from docker.errors import APIError
-
-        try:
-            text = self.client.logs(self.id, tail=count)
-        except (APIError, OSError):
-            return ()
-        return tuple(text.decode(errors="replace").splitlines())
 
     def remove(self) -> None:
         """Remove it, running or not, with its anonymous volumes. Silent where it has gone
@@ -263,20 +254,39 @@ def explained(plan: Plan) -> Iterator[None]:
         raise LauncherError(f"lost the engine while {plan.name} was handled: {error}") from error
 
 
+def is_taken(error: Any) -> bool:
+    """Whether the engine refuses a name, since something has it already."""
+    said = str(error.explanation).lower()
+    return error.status_code == 409 and ("already in use" in said or "network with name" in said)
+
+
+def name_taken(
+    client: "APIClient", kind: Literal["container", "network"], name: str
+) -> LauncherError:
+    """The error where a name is in use: what to do depends on who has it."""
+    from docker.errors import APIError
+
+    labels: dict[str, str] = {}
+    with suppress(APIError, OSError):
+        if kind == "container":
+            labels = client.inspect_container(name)["Config"]["Labels"] or {}
+        else:
+            labels = client.inspect_network(name)["Labels"] or {}
+    job = labels.get(LABEL_JOB, "")
+    if liveness(labels.get(LABEL_OWNER, "")) == "dead":
+        remedy = "its launcher is dead, python -m tml.docker gc removes it"
+    elif job:
+        remedy = f"choose another --name, or python -m tml.docker stop {job}"
+    else:
+        by_hand = "docker rm -f" if kind == "container" else "docker network rm"
+        remedy = f"choose another --name, or {by_hand} {name}"
+    return LauncherError(f"a {kind} named {name} exists already: {remedy}")
+
+
 def explain(plan: Plan, error: Any) -> LauncherError:
     """What the engine refused, in words that say what to do."""
     said = str(error.explanation or error).strip()
     text = said.lower()
-    if error.status_code == 409 and "already in use" in text:
-        return LauncherError(
-            f"a container named {plan.name} exists already: choose another --name, or "
-            f"docker rm -f {plan.name}"
-        )
-    if error.status_code == 409 and "network with name" in text:
-        return LauncherError(
-            f"a network named {plan.network} exists already: choose another --name, or "
-            f"docker network rm {plan.network}"
-        )
     if "address pool" in text:
         return LauncherError(
             f"the engine has no addresses left for another network ({said}): python -m tml.docker "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tml.docker import records, signals, terminal
 from tml.docker.container import (
     ENGINE_BACK_S,
+    REMOVED,
     Container,
     MemoryWatch,
     State,
@@ -26,8 +27,9 @@ from tml.docker.container import (
     wait_for_engine,
 )
 from tml.docker.errors import LauncherError
+from tml.docker.output import Channel, Output
 from tml.docker.plan import Plan
-from tml.docker.postmortem import LINES_WANTED, Ended, PostMortem, explain_failure
+from tml.docker.postmortem import Ended, PostMortem, explain_failure
 
 if TYPE_CHECKING:
     import threading
@@ -35,15 +37,28 @@ if TYPE_CHECKING:
     from docker import APIClient
 
 
+LOOK_EVERY_S = 5.0
+"""Once its output has ended a container is looked at so often: no single event is relied upon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What makes a run a job: it is noted down, and of its failure people are told the cause."""
+
+    endpoint: str
+    """Address of the engine."""
+    logs: str | None = None
+    """Folder that its output is also kept in."""
+
+
 def run_attached(
-    client: "APIClient", plan: Plan, *, note: str | None = None, pass_interrupt: bool = False
+    client: "APIClient", plan: Plan, *, note: Note | None = None, pass_interrupt: bool = False
 ) -> int:
     """Run the container to its end and remove it; returns the exit status that the launcher should
     have.
 
-    `note`: address of the engine, for a job that is noted down, and of whose failure people are
-    told the cause. `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a
-    shell there expects.
+    `pass_interrupt`: on a terminal Ctrl-C goes into the container as a key, as a shell there
+    expects.
     """
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     with ExitStack() as stack:
@@ -69,17 +84,22 @@ def run_attached(
     return code
 
 
-def _noted(run: "_Run", stack: ExitStack, endpoint: str) -> int:
-    """Follow a run, and write its record."""
-    run.explains = True
-    record = records.begin("run", [run.plan], endpoint, None)
+def _noted(run: "_Run", stack: ExitStack, note: Note) -> int:
+    """Follow a run, keep its output, and write its record."""
+    output = Output(
+        [run.plan], logs=note.logs, show=False, timestamps=False, on_broken=lambda: None
+    )
+    stack.callback(output.close)
+    run.kept = output.channel(run.plan.member)
+    run.record = record = records.begin("run", [run.plan], note.endpoint, note.logs)
     try:
         with explained(run.plan):
             code = run.follow(stack)
     except LauncherError as error:
-        records.end(record, error.exit_code, str(error).splitlines()[0])
+        records.end(record, error.exit_code, str(error).splitlines()[0], str(error))
         raise
-    records.end(record, code, run.why.cause if run.why else None)
+    why = run.why
+    records.end(record, code, why.cause if why else None, why.text if why else None)
     return code
 
 
@@ -101,9 +121,11 @@ class _Run:
     ) -> None:
         self.container, self.plan, self.events = container, container.plan, events
         self.pass_interrupt = pass_interrupt
-        self.explains = False
-        """Whether to find out why it failed; `why` has it then."""
+        self.kept: Channel | None = None
+        """Of a job: where its output goes beside the caller's terminal."""
+        self.record: records.Record | None = None
         self.why: PostMortem | None = None
+        """Of a job that failed."""
         self.engine_gone = False
         self.stop_signal = 0
         self.kill_at: float | None = None
@@ -119,6 +141,7 @@ class _Run:
                 return 128 + event.signal
             self.events.put(event)
         self.container.start()
+        self._change_record("running")
         memory = MemoryWatch([self.container])
         stack.callback(memory.end)
         in_thread(self._pump_output, connection)
@@ -147,12 +170,16 @@ class _Run:
 
         try:
             for stream, data in frames_iter(connection, self.plan.tty):
+                if self.kept:
+                    self.kept.feed("stderr" if stream == 2 else "stdout", data)
                 terminal.write_all(2 if stream == 2 else 1, data)
         except BrokenPipeError:
             # Whoever read our output has gone, as in `run | head`: nobody wants the rest.
             self.events.put(_Event("stop", signal=signal.SIGPIPE))
-        except OSError:
+        except (OSError, ValueError):
             pass  # The connection was closed under us, because the run is over.
+        if self.kept:
+            self.kept.finish()
         self.events.put(_Event("output-ended"))
 
     def _pump_input(self, connection: socket.socket, stop: int) -> None:
@@ -171,13 +198,10 @@ class _Run:
         exited = output_ended = False
         while not (exited and output_ended):
             try:
-                event = self.events.get(timeout=self._remaining())
+                event = self.events.get(timeout=self._patience_s(output_ended))
             except queue.Empty:
-                terminal.say(
-                    f"tml: not stopped after {self.plan.stop_grace_s} s: killing {self.plan.name}"
-                )
-                self.container.kill("SIGKILL")
-                self.kill_at = None
+                self._kill_if_due()
+                exited = self._has_exited()
                 continue
             if event.kind == "exited":
                 exited = True
@@ -193,12 +217,25 @@ class _Run:
             else:
                 self._stop(event.signal)
 
-    def _remaining(self) -> float | None:
-        return None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
+    def _patience_s(self, output_ended: bool) -> float | None:
+        """How long to wait for an event."""
+        if self.kill_at is not None:
+            return max(0.0, self.kill_at - time.monotonic())
+        # An engine that was slow to take note of our waiting has not told of an early exit.
+        return LOOK_EVERY_S if output_ended else None
+
+    def _kill_if_due(self) -> None:
+        if self.kill_at is not None and time.monotonic() >= self.kill_at:
+            self.kill_at = None
+            terminal.say(
+                f"tml: not stopped after {self.plan.stop_grace_s} s: killing {self.plan.name}"
+            )
+            self.container.kill("SIGKILL")
 
     def _stop(self, number: int) -> None:
         if not self.stop_signal:
             self.stop_signal = number
+            self._change_record("stopping")
             self.kill_at = time.monotonic() + self.plan.stop_grace_s
             terminal.say(
                 f"tml: stopping {self.plan.name}, up to {self.plan.stop_grace_s} s; "
@@ -231,11 +268,21 @@ class _Run:
             "again: training goes on from its last complete checkpoint"
         )
 
-    def _state(self) -> State:
+    def _change_record(self, state: records.JobState) -> None:
+        if self.record is not None:
+            self.record = records.change(self.record, state=state)
+
+    def _has_exited(self) -> bool:
+        state = self._state()
+        return state is None or state["Status"] in ("exited", "dead")
+
+    def _state(self) -> State | None:
+        """None where somebody has removed it."""
         from docker.errors import APIError
 
         try:
-            return self.container.state()
+            seen = self.container.look()
+            return None if seen is None else seen[0]
         except APIError:
             raise
         except OSError:
@@ -247,22 +294,23 @@ class _Run:
 
     def _exit_code(self, memory: MemoryWatch) -> int:
         state = self._state()
-        code = int(state["ExitCode"])
         if self.stop_signal:
             return 128 + self.stop_signal
-        if code and self.explains:
+        code = REMOVED if state is None else int(state["ExitCode"])
+        if code and self.kept:
+            state = state or {}
             ended = Ended(
                 plan=self.plan,
-                exit_code=code,
+                exit_code=state.get("ExitCode"),
                 stopped_by_us=False,
                 oom_killed=bool(state.get("OOMKilled")),
                 memory_peak=memory.peaks.get(self.container.id),
-                last_lines=self.container.last_lines(LINES_WANTED),
+                last_lines=tuple(self.kept.last_lines),
                 error=str(state.get("Error") or ""),
                 cut_off=False,
                 first=True,
             )
-            self.why = explain_failure([ended], None)
+            self.why = explain_failure([ended], self.record.logs if self.record else None)
         return code
 
 

@@ -142,8 +142,8 @@ class _Run:
 
     def _command(self) -> list[str]:
         config = self.client.inspect_container(self.member.id)["Config"]
-        has_secrets = any(item.startswith(f"{environment.BASH_ENV}=") for item in config["Env"])
-        return secrets.wrapped(self.command) if has_secrets else list(self.command)
+        given = secrets.are_in(config["Env"] or ())
+        return secrets.wrapped(self.command) if given else list(self.command)
 
     def _create(
         self, command: Sequence[str], *, stdin: bool = False, tty: bool = False, env: Any = None

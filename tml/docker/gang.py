@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from tml.docker import records, signals, terminal
 from tml.docker.container import (
     ENGINE_BACK_S,
+    REMOVED,
     Container,
     MemoryWatch,
     State,
     engine_answers,
     explained,
     in_thread,
+    is_taken,
+    name_taken,
     wait_for_engine,
 )
 from tml.docker.errors import ENGINE_FAILED, LauncherError
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
 
 CUT_OFF = 1
 """Exit status of a job of which a member lost the network; 125 is for the launcher and engine."""
-REMOVED = 137
-"""Exit status where somebody removed a container: it was killed for that."""
 LOOK_EVERY_S = 5.0
 """All members are looked at so often, whatever was reported: no single event is relied upon."""
 SETTLE_S = 0.05
@@ -81,12 +82,12 @@ def run(client: "APIClient", gang: Gang, told: Told) -> int:
         stack.enter_context(signals.as_calls(job.on_signal))
         stack.callback(job.output.close)
         try:
-            code, cause = job.carry_out()
+            outcome = job.carry_out()
         except LauncherError as error:
-            job.end_record(error.exit_code, str(error).splitlines()[0])
+            job.end_record(_Outcome(error.exit_code, str(error).splitlines()[0], str(error)))
             raise
-        job.end_record(code, cause)
-        return code
+        job.end_record(outcome)
+        return outcome.code
 
 
 class _Member:
@@ -163,8 +164,8 @@ class _Job:
         """Somebody wants us to stop."""
         self.events.put(_Event("stop", signal=number))
 
-    def carry_out(self) -> tuple[int, str | None]:
-        """All attempts; the exit status, and why the job failed."""
+    def carry_out(self) -> _Outcome:
+        """All attempts; how the last of them ended."""
         with ExitStack() as stack:
             stack.callback(self._sweep)
             if self.gang.network:
@@ -179,7 +180,7 @@ class _Job:
                 self._say_restart(number, most, outcome.cause)
         if outcome.text is not None:
             terminal.say("\n".join(f"tml: {line}" for line in outcome.text.splitlines()))
-        return outcome.code, outcome.cause
+        return outcome
 
     def told_to_stop(self) -> bool:
         """Whether a signal has come; other events stay in the queue."""
@@ -219,10 +220,10 @@ class _Job:
         """SIGTERM goes to all; what follows is the grace."""
         self._change_record(state="stopping")
 
-    def end_record(self, code: int, cause: str | None) -> None:
+    def end_record(self, outcome: _Outcome) -> None:
         """Note down how the job ended."""
         if self.record is not None:
-            self.record = records.end(self.record, code, cause)
+            self.record = records.end(self.record, outcome.code, outcome.cause, outcome.text)
 
     def _change_record(self, **changes: Any) -> None:
         if self.record is not None:
@@ -240,9 +241,19 @@ class _Job:
     # The network
 
     def _make_network(self) -> str:
-        labels = {**self.gang.labels, LABEL_OWNER: this_process()}
+        from docker.errors import APIError
+
+        labels, name = {**self.gang.labels, LABEL_OWNER: this_process()}, self.gang.network
         with explained(self.gang.members[0]):
-            made = self.client.create_network(self.gang.network, driver="bridge", labels=labels)
+            try:
+                # Engines before 25 would make a second one of that name.
+                made = self.client.create_network(
+                    name, driver="bridge", labels=labels, check_duplicate=True
+                )
+            except APIError as error:
+                if is_taken(error):
+                    raise name_taken(self.client, "network", name) from error
+                raise
         return str(made["Id"])
 
     def _remove_network(self, network: str) -> None:
@@ -263,7 +274,8 @@ class _Job:
                 said = str(error.explanation)
             except OSError as error:
                 said = str(error)
-                wait_for_engine(self.client)
+                if not wait_for_engine(self.client, given_up=self.told_to_stop):
+                    break
         self.say(f"could not remove network {self.gang.network}: {said}; later: {remedy}")
 
     def _watch_network(self, network: str) -> None:
@@ -354,7 +366,7 @@ class _Attempt:
         try:
             for stream, data in frames_iter(connection, False):
                 member.channel.feed("stderr" if stream == 2 else "stdout", data)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: closed under us, with its container.
             logging.debug("lost the output of %s: %s", member.plan.name, error)
         member.channel.finish()
         self.events.put(_Event("output-ended", member, watch))
@@ -374,10 +386,9 @@ class _Attempt:
                     member.container.id, stream=True, follow=True, since=since, **wanted
                 ):
                     member.channel.feed(stream, data)
-            except (APIError, OSError) as error:
+            except Exception as error:
+                # Also urllib3's own, when the engine goes away again.
                 logging.debug("lost the output of %s: %s", member.plan.name, error)
-
-        from docker.errors import APIError
 
         for thread in [in_thread(pump, "stdout"), in_thread(pump, "stderr")]:
             thread.join()
@@ -548,13 +559,14 @@ class _Attempt:
         live = self._live()
         for member in live:
             self._see(member)
-        ended = [m for m in live if m.ended]
+        ended_meanwhile = any(m.ended for m in live)
         live = self._live()
-        if ended and not live and not self._keeps_containers():
+        if ended_meanwhile and not live and not self._keeps_containers():
             self.engine_stopped = True
             self.stopping = True
-        for member in ended:
-            member.output_ended = True
+        for member in self.members:
+            # Also of those that had ended before: that their output has, is told to an older watch.
+            member.output_ended = member.ended
         for member in live:
             self._follow_again(member, since)
         if self.job.stop_signal and not self.stopping:

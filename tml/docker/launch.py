@@ -23,6 +23,8 @@ from tml.machines import environment
 if TYPE_CHECKING:
     from docker import APIClient
 
+    from tml.docker.engine import Note
+
 BuildPolicy = Literal["when-needed", "always", "never"]
 
 
@@ -42,7 +44,11 @@ def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
     if plan.detach:
         # In the background it is a gang of one.
         return _detach(plans.gang_of_one(plan, _logs(request, plan, host, project)), host, "run")
-    return _carry_out(client, plan, host, note=True)
+    from tml.docker.engine import Note
+
+    # What a terminal shows, with colours and progress bars, is no log.
+    logs = None if plan.tty else _logs(request, plan, host, project)
+    return _carry_out(client, plan, Note(endpoint=_engine(host), logs=logs))
 
 
 def up(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -74,7 +80,7 @@ def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
     plan = plans.plan_shell(request, host, _run_id(), flags.dev)
     prepare_mounts(plan, host)
     _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
-    return _carry_out(client, plan, host, pass_interrupt=True)
+    return _carry_out(client, plan, pass_interrupt=True)
 
 
 def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -86,7 +92,7 @@ def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
     plan = plans.plan_test(request, host, _run_id())
     prepare_mounts(plan, host)
     _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
-    return _carry_out(client, plan, host)
+    return _carry_out(client, plan)
 
 
 def build(flags: argparse.Namespace, args: Sequence[str]) -> int:
@@ -319,20 +325,13 @@ def _logs(request: Request, plan: Plan, host: Host, project: Project) -> str:
 
 
 def _carry_out(
-    client: "APIClient",
-    plan: Plan,
-    host: Host,
-    *,
-    note: bool = False,
-    pass_interrupt: bool = False,
+    client: "APIClient", plan: Plan, note: "Note | None" = None, *, pass_interrupt: bool = False
 ) -> int:
     from tml.docker import engine
 
     signals.end_if_told()
     logging.info("container %s from %s", plan.name, plan.image)
-    return engine.run_attached(
-        client, plan, note=_engine(host) if note else None, pass_interrupt=pass_interrupt
-    )
+    return engine.run_attached(client, plan, note=note, pass_interrupt=pass_interrupt)
 
 
 def _carry_out_gang(client: "APIClient", gang: Gang, host: Host, timestamps: bool) -> int:

@@ -1,8 +1,8 @@
 """The verb `logs`: what the containers of a job say, while it runs and afterwards.
 
-A job that keeps its output (of `up`, and every detached one) is read from those files: they go on
+A job that keeps its output (all but a `run` on a terminal) is read from those files: they go on
 through restarts and outlive the containers, and secrets in them are stars. Others, and --timestamps
-of a job that runs, are read from the engine.
+of a job that runs and has no secrets, are read from the engine.
 
     logs --json   one JSON object a line: {job, member, stream, line, time}; stream (stdout or
                   stderr) and time (RFC 3339) are null where only the kept file tells
@@ -17,10 +17,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tml.docker import jobs, records, terminal
+from tml.docker import jobs, records, secrets, terminal
 from tml.docker.container import in_thread
 from tml.docker.errors import LauncherError
 from tml.docker.jobs import POLL_S, Job, Member
@@ -47,10 +48,18 @@ def logs(flags: argparse.Namespace, args: Sequence[str]) -> int:
     chosen = jobs.choose_members(job, names, flags.role) if names else []
     kept = _kept(job, chosen)
     live = client is not None and (bool(job.members) or job.exists)
-    from_engine = live and (not kept or flags.timestamps or job.owned == "dead")
+    wanted = live and (not kept or flags.timestamps or job.owned == "dead")
+    # The engine has them as they were printed.
+    shows_secrets = wanted and bool(kept) and client is not None and _has_secrets(client, job)
+    from_engine = wanted and not shows_secrets
     if not from_engine and not kept:
         raise LauncherError(_nothing_kept(job))
-    if flags.timestamps and not from_engine:
+    if shows_secrets:
+        terminal.say(
+            "tml: this job was given secrets; what its launcher kept has stars for them, but no "
+            "times, and nothing from after the launcher's end"
+        )
+    elif flags.timestamps and not from_engine:
         terminal.say("tml: the kept output has no times; --timestamps is for jobs that run")
     printer = Printer(chosen, timestamps=flags.timestamps and from_engine)
     say = _json_lines(job.name) if flags.json else _plain_lines(printer)
@@ -73,14 +82,27 @@ def _say_failure(job: Job) -> None:
     if record and record.run_id == job.run_id and record.state == "ended" and record.exit_code:
         why = f": {record.cause}" if record.cause else ""
         terminal.say(f"tml: {job.name} ended with exit status {record.exit_code}{why}")
+        for line in (record.post_mortem or "").splitlines()[1:]:
+            terminal.say(f"tml: {line}")
+
+
+def _has_secrets(client: "APIClient", job: Job) -> bool:
+    """Whether some container of a job was given secrets."""
+    from docker.errors import NotFound
+
+    for member in job.members:
+        with suppress(NotFound):  # Removed in this moment.
+            if secrets.are_in(client.inspect_container(member.id)["Config"]["Env"] or ()):
+                return True
+    return False
 
 
 def _nothing_kept(job: Job) -> str:
     if job.record and job.record.logs:
         return f"{job.name}: its output is no longer in {job.record.logs}"
     return (
-        f"{job.name} has ended and its output was not kept: that of `up` and of --detach is, in "
-        "the run folder"
+        f"{job.name} has ended and its output was not kept: it went to a terminal; that of all "
+        "other jobs is in the run folder"
     )
 
 

@@ -41,7 +41,7 @@ class Output:
     ) -> None:
         self.printer = Printer([plan.member for plan in members], timestamps=timestamps)
         self.show, self.on_broken = show, on_broken
-        self.mask = _mask(members)
+        self.mask = mask(members)
         self._lock = threading.Lock()
         self._told_of_logs = False
         self._logs = logs
@@ -80,8 +80,10 @@ class Output:
 
     def close(self) -> None:
         """Close the logs."""
-        for file in self._files.values():
+        for member, file in self._files.items():
             if file is not None:
+                # Somebody may still have something to write: that is lost.
+                self._files[member] = None
                 file.close()
 
     def _open(self, member: str) -> BinaryIO | None:
@@ -151,7 +153,7 @@ def _local_time() -> str:
     return datetime.datetime.now().strftime("%H:%M:%S.%f")[:-3]
 
 
-def _mask(members: Sequence[Plan]) -> Callable[[bytes], bytes]:
+def mask(members: Sequence[Plan]) -> Callable[[bytes], bytes]:
     """What puts stars for secrets. Of a secret of several lines, each line is one."""
     words = {
         line.encode()

@@ -44,6 +44,8 @@ class Record:
     exit_code: int | None = None
     cause: str | None = None
     """Why it failed, in a line."""
+    post_mortem: str | None = None
+    """All that was told of a failure, with the last lines."""
     restarts: int = 0
 
 
@@ -94,9 +96,12 @@ def change(record: Record, **changes: Any) -> Record:
     return changed
 
 
-def end(record: Record, exit_code: int, cause: str | None) -> Record:
+def end(
+    record: Record, exit_code: int, cause: str | None, post_mortem: str | None = None
+) -> Record:
     """The record of a job that has ended, written."""
-    return change(record, state="ended", ended=time.time(), exit_code=exit_code, cause=cause)
+    told = {"exit_code": exit_code, "cause": cause, "post_mortem": post_mortem}
+    return change(record, state="ended", ended=time.time(), **told)
 
 
 def read(job: str) -> Record | None:
@@ -111,9 +116,11 @@ def read_all() -> list[Record]:
 
 
 def prune() -> None:
-    """Remove the oldest ended records beyond KEPT."""
-    for record in [r for r in read_all() if r.state == "ended"][KEPT:]:
-        (folder() / f"{record.job}.json").unlink(missing_ok=True)
+    """Remove the ended records beyond KEPT, those that ended first."""
+    ended = [record for record in read_all() if record.state == "ended"]
+    for record in sorted(ended, key=lambda r: r.ended or 0.0, reverse=True)[KEPT:]:
+        with contextlib.suppress(OSError):  # A folder that cannot be written to ends no job.
+            (folder() / f"{record.job}.json").unlink()
 
 
 def _read(path: Path) -> Record | None:

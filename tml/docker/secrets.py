@@ -62,6 +62,11 @@ def is_read_by(command: Sequence[str]) -> bool:
     return len(command) > 1 and command[0] == "bash" and not command[1].startswith("-")
 
 
+def are_in(env: Sequence[str]) -> bool:
+    """Whether a container with this environment, as the engine tells it, was given secrets."""
+    return f"{environment.BASH_ENV}={FILE}" in env
+
+
 def wrapped(command: Sequence[str]) -> list[str]:
     """The command in a bash that reads the secrets and then is the command."""
     return ["bash", "-c", 'exec "$@"', "tml", *command]

@@ -16,10 +16,13 @@ raised may not have arrived: `end_if_told` looks again.
 
 
 def as_exceptions() -> None:
-    """From now on SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + n)."""
+    """From now on SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + n); a SIGHUP
+    that is ignored stays so: nohup means it.
+    """
     signal.signal(signal.SIGINT, _interrupt)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _end)
 
 
 def end_if_told() -> None:
@@ -38,7 +41,7 @@ def as_calls(
     handlers: dict[int, Any] = {n: lambda number, _: on_stop(number) for n in STOP_SIGNALS}
     if on_resize is not None:
         handlers[signal.SIGWINCH] = lambda *_: on_resize()
-    # A signal that was ignored stays ignored: nohup means it.
+    # What was ignored stays ignored.
     before = {
         n: signal.getsignal(n)
         for n in handlers

@@ -123,7 +123,11 @@ def _supervise(gang: Gang, endpoint: str, verb: Literal["run", "up"], pipe: int)
     from tml.docker import gang as gangs
     from tml.docker.connection import connect
 
+    runs = False
+
     def on_running() -> None:
+        nonlocal runs
+        runs = True
         logging.info("%s runs: %s", gang.job, ", ".join(m.member for m in gang.members))
         _tell(pipe, running=True)
         os.close(pipe)
@@ -135,7 +139,9 @@ def _supervise(gang: Gang, endpoint: str, verb: Literal["run", "up"], pipe: int)
         code = gangs.run(client, gang, told)
     except LauncherError as error:
         logging.error("%s", error)
-        _tell(pipe, error=str(error), code=error.exit_code)
+        # Later the number of the pipe may be that of another file.
+        if not runs:
+            _tell(pipe, error=str(error), code=error.exit_code)
         return error.exit_code
     logging.info("%s ended with exit code %d", gang.job, code)
     return code
