@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = run.parse_args(list(sys.argv[1:] if argv is None else argv))
         _set_defaults(arguments)
         nodes = _prepare_nodes(arguments)
+        _warn_of_files_of_root()
     except ValueError as error:
         return _fail(str(error), 2)
     code = _run(arguments, nodes)
@@ -87,6 +88,18 @@ def _set_num_nodes() -> None:
     workers = environment.compose_workers()
     if workers is not None:
         environment.set_default(environment.PET_NNODES, str(1 + workers))
+
+
+def _warn_of_files_of_root() -> None:
+    """Under Compose, which unlike the launcher does not know who calls it."""
+    if environment.compose_workers() is None or environment.spec_type() != "chief":
+        return
+    if container.is_root_for_another():
+        print(
+            "warning: this runs as root, so what it writes to your ~/tmp will belong to root; to "
+            "own it: docker compose down; python -m tml.docker compose-env; docker compose up",
+            file=sys.stderr,
+        )
 
 
 def _set_defaults(arguments: argparse.Namespace) -> None:

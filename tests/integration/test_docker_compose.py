@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -228,6 +229,22 @@ def test_two_containers_train_as_two_processes_of_one_do(compose: Compose, tmp_p
     assert len(metrics(runs / "two")) >= 2
 
 
+def test_the_chief_is_rank_0_whoever_comes_first(compose: Compose, tmp_path: Path) -> None:
+    say = "echo $SPEC_TYPE is rank $RANK of $WORLD_SIZE"
+    (tmp_path / "tmp" / "say.sh").write_text(
+        "[[ $SPEC_TYPE == worker ]] || sleep 0.$RANDOM\n"
+        f"exec python -m tml.torchrun --no-python bash -c '{say}'\n"
+    )
+    for _ in range(5):
+        # From /usr/src/app/tml.
+        script = {"TML_SCRIPT": "../../../../root/tmp/say.sh", "TML_WORKERS": "2"}
+        code, output = compose("up", **script)
+        said = sorted(re.findall(r"\w+ is rank \d of \d", output))
+        ranks = ["chief is rank 0 of 3", "worker is rank 1 of 3", "worker is rank 2 of 3"]
+        assert (code, said) == (0, ranks), output
+        assert set(compose.exit_codes().values()) == {0}
+
+
 def test_a_scale_that_disagrees_is_refused(compose: Compose) -> None:
     code, output = compose("up", "--scale", "worker=3", TML_ARGS=shlex.join(SMALL))
     assert "workers have joined a job of 1; TML_WORKERS says how many there should be" in output
@@ -249,7 +266,7 @@ def test_stopped_with_grace_it_leaves_a_checkpoint_and_its_exit_status(
     run = tmp_path / "tmp" / "runs" / "twhin"
     args = shlex.join(["--set", "training.train_log_every_n=1"])
     assert compose("up", "-d", TML_ARGS=args)[0] == 0
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or not read_records(run / "metrics.jsonl"):
         assert time.monotonic() < deadline, compose("logs")[1]
         time.sleep(0.2)

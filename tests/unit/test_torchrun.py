@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tml.machines import container, environment
+from tml.rendezvous import TIDY_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANK = """
@@ -192,7 +193,7 @@ def test_nodes_that_all_stood_still_have_lost_nobody(
     signal_all(signal.SIGCONT, nodes[first])
     time.sleep(1.5)  # One comes back before the other and hears nothing of it.
     signal_all(signal.SIGCONT, nodes[1 - first])
-    time.sleep(1.5)
+    time.sleep(TIDY_S + 1.5)  # Ranks are killed so long after a loss.
     end.touch()
     assert [(code, errors) for code, _, errors in ends(*nodes)] == [(0, ""), (0, "")]
 
@@ -280,6 +281,14 @@ def test_a_number_that_is_none_is_refused_in_one_line(script: Path) -> None:
     for env in ({"PET_NPROC_PER_NODE": "many"}, {"TML_WORKERS": "x"}):
         ((code, _, errors),) = ends(start([str(script)], **env))
         assert (code, len(errors.splitlines())) == (2, 1), errors
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be root for another")
+def test_root_for_another_is_known_by_whose_the_checkout_is(tmp_path: Path) -> None:
+    assert not container.is_root_for_another(tmp_path / "none")
+    assert not container.is_root_for_another(tmp_path)
+    os.chown(tmp_path, 4242, 4343)
+    assert container.is_root_for_another(tmp_path)
 
 
 def test_threads_are_shared_by_the_containers_and_limited_by_the_engine(

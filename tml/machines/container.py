@@ -28,6 +28,13 @@ def advice(flag: str, path: Path) -> str:
     )
 
 
+def is_root_for_another(checkout: Path = CHECKOUT) -> bool:
+    """Whether this is root while the checkout belongs to somebody else, who would find files of
+    root's in their folders.
+    """
+    return os.getuid() == 0 and checkout.exists() and checkout.stat().st_uid != 0
+
+
 def threads_of_process(num_processes: int) -> int:
     """Threads for one of `num_processes` here, so that all of the job on this machine together have
     a processor each: of those that the containers share, and no more than this one may use.
