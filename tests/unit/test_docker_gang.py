@@ -147,6 +147,16 @@ def test_a_member_that_had_ended_before_the_engine_went_away_is_not_waited_for()
     assert attempt._over()
 
 
+def test_logs_that_could_not_be_kept_are_not_pointed_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make(tmp_path, *TWO).kept_in == str(tmp_path)
+    assert make(None, *TWO).kept_in is None
+    (tmp_path / "file").touch()
+    assert make(tmp_path / "file", *TWO).kept_in is None
+    assert "cannot keep the output" in capsys.readouterr().err
+
+
 def test_what_comes_after_the_logs_were_closed_is_lost_and_nothing_else(tmp_path: Path) -> None:
     output = make(tmp_path, *TWO, show=False)
     channel = output.channel("chief")

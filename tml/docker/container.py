@@ -26,6 +26,9 @@ REMOVED = 137
 ENGINE_BACK_S = 60.0
 """So long a job waits for an engine that went away: a restart takes less."""
 
+LISTENS_AFTER_S = 5.0
+"""So long after its start it is made sure, before a SIGTERM, that a container takes it."""
+
 State = dict[str, Any]
 """The engine's own: ExitCode, OOMKilled, Running, StartedAt, FinishedAt, Error …"""
 
@@ -42,6 +45,7 @@ class Container:
     ) -> None:
         self.client, self.plan, self.id = client, plan, identifier
         self.secrets_file = secrets_file
+        self._started_at = float("-inf")
 
     @classmethod
     def create(cls, client: "APIClient", plan: Plan) -> "Container":
@@ -65,6 +69,7 @@ class Container:
     def start(self) -> None:
         """Start it."""
         self.client.start(self.id)
+        self._started_at = time.monotonic()
         # It has them now: the mount keeps the file.
         secrets.discard(self.secrets_file)
 
@@ -116,12 +121,27 @@ class Container:
         """Send a signal, such as SIGTERM; nothing where it has ended already."""
         from docker.errors import APIError
 
+        if name == "SIGTERM":
+            self._until_it_listens()
         try:
             self.client.kill(self.id, name)
         except APIError as error:
             # 409, 404: it has ended on its own in this moment.
             if error.status_code not in (404, 409):
                 raise
+
+    def _until_it_listens(self) -> None:
+        """Wait until its init has started the command. Before that a SIGTERM is lost on the first
+        process, as one of 40 was that were sent right after the start, and the grace would pass for
+        nothing.
+        """
+        from docker.errors import APIError
+
+        with suppress(APIError):  # It has ended, or this engine has no `ps`.
+            while time.monotonic() < self._started_at + LISTENS_AFTER_S:
+                if len(self.client.top(self.id)["Processes"] or ()) > 1:
+                    return
+                time.sleep(0.01)
 
     def resize(self) -> None:
         """Give its terminal the size of ours."""

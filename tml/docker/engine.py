@@ -29,12 +29,13 @@ from tml.docker.container import (
 from tml.docker.errors import LauncherError
 from tml.docker.output import Channel, Output
 from tml.docker.plan import Plan
-from tml.docker.postmortem import Ended, PostMortem, explain_failure
 
 if TYPE_CHECKING:
     import threading
 
     from docker import APIClient
+
+    from tml.docker.postmortem import PostMortem
 
 
 LOOK_EVERY_S = 5.0
@@ -298,6 +299,10 @@ class _Run:
             return 128 + self.stop_signal
         code = REMOVED if state is None else int(state["ExitCode"])
         if code and self.kept:
+            # Only now: no run that goes well pays for what explains failures.
+            from tml.docker.evidence import Ended
+            from tml.docker.postmortem import explain_failure
+
             state = state or {}
             ended = Ended(
                 plan=self.plan,
@@ -310,7 +315,7 @@ class _Run:
                 cut_off=False,
                 first=True,
             )
-            self.why = explain_failure([ended], self.record.logs if self.record else None)
+            self.why = explain_failure([ended], self.kept.output.kept_in)
         return code
 
 

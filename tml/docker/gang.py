@@ -35,10 +35,11 @@ from tml.docker.container import (
     wait_for_engine,
 )
 from tml.docker.errors import ENGINE_FAILED, LauncherError
+from tml.docker.evidence import Ended
 from tml.docker.output import Channel, Output
 from tml.docker.owner import this_process
 from tml.docker.plan import LABEL_OWNER, LABEL_RUN, Gang, Plan
-from tml.docker.postmortem import Ended, explain_failure
+from tml.docker.postmortem import explain_failure
 from tml.docker.prefix import Stream
 
 if TYPE_CHECKING:
@@ -599,14 +600,11 @@ class _Attempt:
             text = f"{ENGINE_STOPPED}; its containers ended with it"
             return _Outcome(ENGINE_FAILED, ENGINE_STOPPED, text)
         if self.first is not None:
-            why = explain_failure([self._told_of(m, memory) for m in self.members], self._logs)
+            kept_in = self.job.output.kept_in
+            why = explain_failure([self._told_of(m, memory) for m in self.members], kept_in)
             code = CUT_OFF if self.first.cut_off else self.first.exit_code
             return _Outcome(code, why.cause, why.text)
         return _Outcome(128 + self.job.stop_signal if self.job.stop_signal else 0)
-
-    @property
-    def _logs(self) -> str | None:
-        return self.gang.logs or None
 
     def _told_of(self, member: _Member, memory: MemoryWatch) -> Ended:
         state = member.state or {}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tml.docker import terminal
+from tml.docker.evidence import LINES_WANTED
 from tml.docker.plan import Plan
-from tml.docker.postmortem import LINES_WANTED
 from tml.docker.prefix import Printer, Stream
 
 LONGEST_LINE = 1 << 16
@@ -46,6 +46,11 @@ class Output:
         self._told_of_logs = False
         self._logs = logs
         self._files = {plan.member: self._open(plan.member) for plan in members}
+
+    @property
+    def kept_in(self) -> str | None:
+        """The folder that has the logs; None where they are not kept, or not whole."""
+        return None if self._told_of_logs else self._logs
 
     def channel(self, member: str) -> "Channel":
         """Where one container's bytes go."""

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-from tml.docker.evidence import LINES_WANTED as LINES_WANTED
-from tml.docker.evidence import Ended as Ended
 from tml.docker.evidence import (
+    Ended,
     clean_lines,
     engine_error,
     last_exception,

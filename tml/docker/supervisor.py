@@ -93,11 +93,11 @@ def _become_daemon(
     mask: Iterable[int],
 ) -> NoReturn:
     """In the first child: a session without a terminal, and a second child that does the work."""
-    os.setsid()
-    if os.fork():
-        os._exit(0)
     code = ENGINE_FAILED
     try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
         _redirect(log)
         _tell(pipe, supervisor=os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
