@@ -78,7 +78,7 @@ class Job:
         self.start(*flags)
         self.until(lambda: len(checkpoint.complete_steps(self.save_dir)) >= steps)
 
-    def until(self, condition: Any, timeout_s: float = 60.0) -> None:
+    def until(self, condition: Any, timeout_s: float = 180.0) -> None:
         """Wait for `condition`, while the launcher lives."""
         assert self.process is not None
         deadline = time.monotonic() + timeout_s
@@ -99,7 +99,7 @@ class Job:
         assert len(found) == 1, found
         return str(found[0]["Id"])
 
-    def end(self, timeout_s: float = 60.0) -> tuple[int, str]:
+    def end(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """(exit code, stderr) of the launcher."""
         assert self.process is not None
         _, err = self.process.communicate(timeout=timeout_s)
