@@ -1,12 +1,13 @@
 """What the launcher costs: whole processes, in turns with what does the same without it.
 
-    .venv/bin/python benchmarks/launcher_overhead.py [--turns 20] [--part run up stop] [--torchx DIR]
+    .venv/bin/python benchmarks/launcher_overhead.py [--turns 20] [--part run up stop]
 
 run:  a container that does nothing. The launcher's `run`; its own `--dry-run` line typed to bash;
       TorchX 0.7 `local_docker` for the same container.
 up:   three containers that make one training step together (torchrun, gloo, a small model). The
       launcher's `up`; its own `--dry-run` lines typed to bash; TorchX `dist.ddp -j 3x1`. Stamps
-      written inside the containers tell the launcher's share from torchrun's and torch's.
+      written inside the containers tell the launcher's share from torchrun's and torch's; what
+      these import, and nothing else, is measured beside them: the limit.
 stop: an idle detached job, from the command to nothing being left.
 
 All of them run in a checkout made for this. TorchX is installed from the package index into DIR
@@ -113,7 +114,8 @@ def measure_up(env: dict[str, str], turns: int, torchx: Path | None) -> bool:
         ddp = ["dist.ddp", "-j", f"{NUM_CONTAINERS}x1", "--image", "local/torch"]
         ddp += ["--mounts", mounts, "--env", "STAMPS=/stamps", "--script", "/step/step.py"]
         ways["torchx"] = [*torchx_run(torchx), *ddp]
-    took: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
+    took: dict[str, dict[str, list[float]]] = {name: {} for name in (*ways, "imports_alone")}
+    failures = 0
     for turn in range(turns):
         for name, argv in ways.items():
             shutil.rmtree(stamps, ignore_errors=True)
@@ -121,23 +123,39 @@ def measure_up(env: dict[str, str], turns: int, torchx: Path | None) -> bool:
             stamps.chmod(0o777)
             typed = ["bash", "-ec", dry_run(up, env)] if name == "typed" else argv
             started = time.time()
-            subprocess.run(
-                typed,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=120,
-                check=True,
-            )
+            try:
+                end(typed, env)
+            except subprocess.SubprocessError:
+                if name != "torchx":
+                    raise
+                failures += 1  # it hangs now and then, and leaves its containers running
+                forget_torchx()
+                continue
             for what, value in stamps_of(stamps, started).items():
                 took[name].setdefault(what, []).append(value)
             took[name].setdefault("all_s", []).append(time.time() - started)
+        took["imports_alone"].setdefault("s", []).append(imports_alone())
         last = {f"{n}_{what}": round(v[-1], 3) for n, t in took.items() for what, v in t.items()}
         print_line({"part": "up", "turn": turn, **last})
     summary = {f"median_{n}_{what}": median(v) for n, t in took.items() for what, v in t.items()}
+    if torchx is not None:
+        summary["torchx_failures"] = failures
     print_line({"part": "up", "turns": turns, "load": os.getloadavg()[0], **summary, "limit_s": 3})
     forget_torchx()
     return summary["median_launcher_torchrun_to_step_s"] <= 3
+
+
+def imports_alone() -> float:
+    """The limit: in as many processes at once as there are containers, what torchrun imports, and
+    then what its rank imports, and nothing else.
+    """
+    started = time.time()
+    for module in ("torch.distributed.run", "torch"):
+        importing = [sys.executable, "-c", f"import {module}"]
+        processes = [subprocess.Popen(importing) for _ in range(NUM_CONTAINERS)]
+        codes = [process.wait() for process in processes]
+        assert not any(codes)
+    return time.time() - started
 
 
 def stamps_of(stamps: Path, started: float) -> dict[str, float]:
@@ -209,6 +227,13 @@ def dry_run(argv: Sequence[str], env: dict[str, str]) -> str:
     """What the launcher says it would do, as lines for bash."""
     shown = [*argv, "--dry-run"]
     return subprocess.run(shown, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def end(argv: Sequence[str], env: dict[str, str]) -> None:
+    """Run to the end, which must be a good one and come within a minute and a half."""
+    subprocess.run(
+        argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=90, check=True
+    )
 
 
 def seconds(argv: Sequence[str], env: dict[str, str]) -> tuple[float, float]:

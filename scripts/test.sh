@@ -27,7 +27,8 @@ check "lint" "$python" -m ruff check .
 check "types" "$python" -m mypy
 check "tests without an engine" "$python" -m pytest -m "not docker" -n 2 --dist loadfile "$@"
 if ((engine)); then check "image" "$python" -m tml.docker build; fi
-check "tests with an engine" "$python" -m pytest -m docker "$@"
+# Two at a time: they mostly wait for containers, and each process has a stand-in project of its own.
+check "tests with an engine" "$python" -m pytest -m docker -n 2 --dist loadfile "$@"
 
 status=0
 if ((${#failed[@]})); then
