@@ -393,6 +393,32 @@ def test_twenty_lines_are_shown_and_the_file_has_the_others() -> None:
     assert told.endswith("all of its output: /runs/logs/job/chief.log")
 
 
+def test_a_message_of_several_lines_is_joined_and_not_repeated() -> None:
+    message = ("error: config /c/local.yaml:", "  training.x: Extra inputs", "  model.y: too small")
+    told = explain_failure([ended("reading", *message, exit_code=2)], "/logs")
+    assert told.cause == (
+        "tml-twhin-1a2b ended with exit code 2: config /c/local.yaml: training.x: Extra inputs "
+        "model.y: too small"
+    )
+    assert told.text.count("Extra inputs") == 1
+    assert "last lines" not in told.text
+    assert "exit code" not in told.text.partition("\n")[2]
+    assert "what to do: mend what that line names" in told.text
+    ranks = [f"[rank1]: {line}" for line in message]
+    assert explain_failure([ended(*ranks, exit_code=2)], None).cause == told.cause
+
+
+def test_what_was_said_after_a_message_is_shown() -> None:
+    told = explain_failure([ended("error: wrong", "  really", "a later line", exit_code=2)], None)
+    assert told.cause.endswith(": wrong really")
+    assert "  last lines of tml-twhin-1a2b:" in told.text
+
+
+def test_a_long_message_is_cut() -> None:
+    told = explain_failure([ended("error: " + "x" * 999, exit_code=2)], None)
+    assert len(told.cause) == 300
+
+
 def test_lines_are_shown_without_colours_and_overwritten_progress() -> None:
     told = explain_failure([ended("\x1b[31mred\x1b[0m", "10%\r50%\r99%\r", "")], None).text
     assert "    red\n    99%" in told

@@ -7,8 +7,9 @@ told apart.
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tml.docker.plan import Plan
 
@@ -133,9 +134,23 @@ def lost_a_peer(ended: Ended) -> bool:
 
 
 def own_error(lines: Sequence[str]) -> str | None:
-    """The message of a program of ours that refused to go on."""
-    matches = (_OWN_ERROR.match(_RANK.sub("", line)) for line in lines)
-    return next((match.group(1) for match in matches if match), None)
+    """The message of a program of ours that refused to go on, in one line."""
+    return next((message for message, _ in _own_errors(lines)), None)
+
+
+def ends_with_own_error(lines: Sequence[str]) -> bool:
+    """Whether nothing was said after such a message."""
+    return any(end == len(lines) for _, end in _own_errors(lines))
+
+
+def _own_errors(lines: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Each message, and the number of the line after it. A message goes on in indented lines."""
+    texts = [_RANK.sub("", line) for line in lines]
+    for number, text in enumerate(texts):
+        if match := _OWN_ERROR.match(text):
+            more = list(takewhile(lambda line: line[:1].isspace(), texts[number + 1 :]))
+            told = " ".join([match.group(1).strip(), *(line.strip() for line in more)])
+            yield told, number + 1 + len(more)
 
 
 def signal_name(exit_code: int) -> str | None:

@@ -13,9 +13,11 @@ from textwrap import wrap
 from tml.docker.evidence import (
     Ended,
     clean_lines,
+    ends_with_own_error,
     engine_error,
     last_exception,
     lost_a_peer,
+    own_error,
     program_lines,
     root_rank,
     shorten,
@@ -24,6 +26,7 @@ from tml.docker.evidence import (
 from tml.docker.hints import find_reason
 
 LINES_SHOWN = 20
+LONGEST_CAUSE = 300
 WIDTH = 96
 
 
@@ -43,9 +46,12 @@ def explain_failure(ended: Sequence[Ended], logs: str | None) -> PostMortem:
     how = _how_it_ended(culprit)
     what = finding.what if finding else last_exception(told, root_rank(culprit.last_lines))
     joint = ", " if signal_name(culprit.exit_code or 0) and finding else ": "
-    cause = shorten(f"{_name(culprit, ended)} {how}" + (f"{joint}{what}" if what else ""), 240)
-    lines = [cause, *_table(ended, culprit)]
-    if told:
+    cause = f"{_name(culprit, ended)} {how}" + (f"{joint}{what}" if what else "")
+    cause = shorten(cause, LONGEST_CAUSE)
+    # Then the cause is all that there is to say, and it was the last thing that was seen.
+    refused = bool(finding) and what == own_error(told) and ends_with_own_error(told)
+    lines = [cause, *(() if refused and len(ended) == 1 else _table(ended, culprit))]
+    if told and not refused:
         lines += [f"  last lines of {_name(culprit, ended)}:"]
         lines += [f"    {shorten(line, 400)}" for line in told[-LINES_SHOWN:]]
     if finding:
