@@ -10,11 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from docker.errors import APIError
+
+from tml.docker import launch
+from tml.docker import plan as plans
+from tml.docker.container import explain
+from tml.docker.errors import LauncherError
+from tml.docker.plan import Variant
 
 pytestmark = pytest.mark.docker
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 GRACEFUL = """exec python3 -u -c '
 import os, signal, sys, time
@@ -429,17 +439,19 @@ def test_the_image_has_what_training_imports_for_any_user(launcher: Any) -> None
 def test_the_engines_refusals_are_told_in_our_words(
     launcher: Any, client: Any, tmp_path: Path
 ) -> None:
-    def message(*flags: str) -> str:
+    def message(*flags: str, code: int = 125) -> str:
         done = launcher("run", "standin", *flags)
-        assert done.returncode == 125
+        assert done.returncode == code
         assert "Traceback" not in done.stderr
         return str(done.stderr.splitlines()[-1])
 
     assert "network tml-no-such" in message("--network", "tml-no-such")
     missing = tmp_path / "missing"
-    assert f"mount source {missing} (for /data) does not exist" in message("--data", str(missing))
+    assert f"mount source {missing} (for /data) does not exist" in message(
+        "--data", str(missing), code=2
+    )
     (tmp_path / "link").symlink_to("/var/run/docker.sock")
-    assert "engine's socket" in message("--mount", f"{tmp_path / 'link'}:/sock")
+    assert "engine's socket" in message("--mount", f"{tmp_path / 'link'}:/sock", code=2)
     taken = client.create_container("local/torch", name="tml-standin-taken")["Id"]
     try:
         assert "tml-standin-taken exists already" in message("--name", "tml-standin-taken")
@@ -452,13 +464,46 @@ def test_a_gpu_that_this_engine_cannot_give_is_an_error_and_no_silent_processor_
 ) -> None:
     if "nvidia" in client.info()["Runtimes"]:
         pytest.skip("this engine has a GPU runtime")
-    client.tag("local/torch", "local/torch", "gpu")
+    for verb in ("run", "up"):
+        # Before the image is built, which takes gigabytes.
+        done = launcher(verb, "standin", "--gpus", "all")
+        assert (done.returncode, done.stdout) == (125, "")
+        assert "Install the NVIDIA Container Toolkit" in done.stderr
+        assert "building" not in done.stderr
+        shown = launcher(verb, "standin", "--gpus", "all", "--dry-run")
+        assert shown.returncode == 0
+        assert "--gpus all" in shown.stdout
+        assert "Install the NVIDIA Container Toolkit" in shown.stderr
+
+
+def test_the_engines_own_refusal_of_a_gpu_is_told_the_same_way(client: Any) -> None:
+    if "nvidia" in client.info()["Runtimes"]:
+        pytest.skip("this engine has a GPU runtime")
+    created = client.create_container(
+        "local/torch",
+        host_config=client.create_host_config(
+            device_requests=[{"Count": -1, "Capabilities": [["gpu"]]}]
+        ),
+    )
     try:
-        done = launcher("run", "standin", "--gpus", "all", "--no-build")
+        with pytest.raises(APIError) as refused:
+            client.start(created)
     finally:
-        client.remove_image("local/torch:gpu")
-    assert done.returncode == 125
-    assert "Install the NVIDIA Container Toolkit" in done.stderr
+        client.remove_container(created)
+    told = str(explain(SimpleNamespace(name="x"), refused.value))  # type: ignore[arg-type]
+    assert "could not select device driver" in told
+    assert "Install the NVIDIA Container Toolkit" in told
+
+
+@pytest.mark.parametrize(("variant", "flag"), [("cpu", ""), ("gpu", " --gpu"), ("dev", " --dev")])
+def test_an_image_that_is_missed_is_asked_for_with_its_own_flag(
+    client: Any, monkeypatch: pytest.MonkeyPatch, variant: Variant, flag: str
+) -> None:
+    monkeypatch.setitem(plans.IMAGES, variant, "local/tml-not-there")
+    with pytest.raises(LauncherError) as caught:
+        launch._ensure_image(client, REPOSITORY, variant, "never")
+    assert str(caught.value).endswith(f"python -m tml.docker build{flag}")
+    assert caught.value.exit_code == 125
 
 
 def test_the_plan_as_json_is_what_runs(launcher: Any) -> None:

@@ -67,9 +67,9 @@ def test_no_secret_reaches_the_file(bare_launcher: Any) -> None:
 
 def test_a_mistake_is_said_and_writes_nothing(bare_launcher: Any) -> None:
     done = bare_launcher("compose-env", "--project=standin", "--workers=-1")
-    assert (done.returncode, "--workers -1: expected 0 or more" in done.stderr) == (125, True)
-    assert bare_launcher("compose-env", "--project=none").returncode == 125
-    assert bare_launcher("compose-env", "--project=standin", "--data=absent").returncode == 125
+    assert (done.returncode, "--workers -1: expected 0 or more" in done.stderr) == (2, True)
+    assert bare_launcher("compose-env", "--project=none").returncode == 2
+    assert bare_launcher("compose-env", "--project=standin", "--data=absent").returncode == 2
     assert not (bare_launcher.base / ".env").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tml.docker import checks, doctor
+from tml.docker import checks, connection, doctor
 from tml.docker.checks import Check
 from tml.docker.connection import Endpoint, _no_engine, _no_permission
 from tml.docker.plan import SHM_BYTES
@@ -195,7 +195,7 @@ def test_the_gpu_runtime_is_found_in_what_the_engine_says(
     info: dict[str, Any], runtime: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert doctor._gpu_runtime(info) == runtime
+    assert connection.gpu_runtime(info) == runtime
 
 
 def test_passwords_in_addresses_are_not_shown() -> None:

@@ -106,7 +106,7 @@ def test_a_dry_run_and_json_work_without_an_engine(bare_launcher: Any) -> None:
 
 def test_a_project_that_is_not_there_needs_no_engine_to_be_missed(bare_launcher: Any) -> None:
     done = bare_launcher("run", "nope", DOCKER_HOST="unix:///none.sock")
-    assert done.returncode == 125
+    assert done.returncode == 2
     assert "project 'nope' not found" in done.stderr
     assert re.search(r"there are: p\d+/standin\.", done.stderr)
 

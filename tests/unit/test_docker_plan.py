@@ -11,7 +11,7 @@ import pytest
 from tml.docker import plan as plans
 from tml.docker import render
 from tml.docker.checkout import Project
-from tml.docker.errors import LauncherError
+from tml.docker.errors import UsageError
 from tml.docker.plan import Gpus, Host, Mount, Plan, Port, Request
 
 TWHIN = Project(path="twhin", script="projects/twhin/scripts/run_in_docker.sh")
@@ -222,6 +222,8 @@ def test_the_shell_and_the_tests_have_the_mounts_of_a_run() -> None:
         ({"data": "/"}, "mount source / has the engine's socket"),
         ({"publish": ("80",)}, "leave --publish out, or add --network bridge"),
         ({"publish": ("80",), "network": "none"}, "--publish 80 with --network none"),
+        # A number that is no port is wrong whatever the network.
+        ({"publish": ("99999",)}, "--publish '99999': a port is 1 to 65535"),
         ({"publish": ("0",), "network": "bridge"}, "--publish '0': a port is 1 to 65535"),
         ({"publish": ("80:65536",), "network": "bridge"}, "a port is 1 to 65535"),
         ({"publish": ("http",), "network": "bridge"}, "--publish 'http': expected PORT"),
@@ -238,13 +240,14 @@ def test_the_shell_and_the_tests_have_the_mounts_of_a_run() -> None:
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(request_: dict[str, Any], said: str) -> None:
-    with pytest.raises(LauncherError) as caught:
+    with pytest.raises(UsageError) as caught:
         plan(**request_)
     assert said in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 def test_a_wrong_variable_does_not_show_its_value() -> None:
-    with pytest.raises(LauncherError) as caught:
+    with pytest.raises(UsageError) as caught:
         plan(env=("MY-TOKEN!=planted",))
     assert "planted" not in str(caught.value)
 
@@ -255,7 +258,7 @@ def test_the_socket_that_is_used_is_refused_wherever_it_is() -> None:
         replace(HOST, environment={"DOCKER_HOST": "unix:///srv/engine/d.sock"}),
     ):
         for source in ("/srv", "/srv/engine", "/srv/engine/d.sock"):
-            with pytest.raises(LauncherError, match=f"mount source {source} .*engine's socket"):
+            with pytest.raises(UsageError, match=f"mount source {source} .*engine's socket"):
                 plan(host, mount=(f"{source}:/x",))
         # A name that only begins like the folder's is another folder.
         assert plan(host, mount=("/srv/eng:/x",)).mounts[-1].source == "/srv/eng"
@@ -263,7 +266,7 @@ def test_the_socket_that_is_used_is_refused_wherever_it_is() -> None:
 
 def test_a_socket_below_the_config_folder_says_how_to_go_on() -> None:
     host = replace(HOST, engine_url="unix:///home/me/.config/colima/docker.sock")
-    with pytest.raises(LauncherError, match="--config-mount none leaves it out"):
+    with pytest.raises(UsageError, match="--config-mount none leaves it out"):
         plan(host)
     assert plan(host, config_mount="none")
 

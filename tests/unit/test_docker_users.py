@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from tml.docker.errors import LauncherError
-from tml.docker.users import ContainerUser, EngineInfo, EngineKind, container_user, engine_kind
+from tml.docker.users import (
+    ContainerUser,
+    EngineInfo,
+    EngineKind,
+    container_user,
+    engine_kind,
+    lacks_gpus,
+)
 
 SOCKET = "unix:///var/run/docker.sock"
 SECCOMP = "name=seccomp,profile=builtin"
@@ -73,3 +80,19 @@ def test_a_remapping_engine_is_refused_with_what_to_do() -> None:
 def test_a_remote_engine_is_refused_whatever_the_user() -> None:
     with pytest.raises(LauncherError, match=r"another machine.*DOCKER_HOST"):
         container_user("remote", 1000, 1001, "me", "5:6")
+
+
+@pytest.mark.parametrize(
+    ("said", "lacks"),
+    [
+        ({}, True),
+        ({"gpu_runtime": "CDI"}, False),
+        # Podman has CDI and does not say so; what a virtual machine has cannot be seen.
+        (PODMAN, False),
+        (DESKTOP, False),
+    ],
+)
+def test_gpus_are_refused_only_where_the_engine_is_sure_to(
+    said: dict[str, Any], lacks: bool
+) -> None:
+    assert lacks_gpus(EngineInfo(**{"url": SOCKET, "here": True, **said})) == lacks

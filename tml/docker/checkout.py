@@ -8,7 +8,7 @@ recap.
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tml.docker.errors import LauncherError
+from tml.docker.errors import UsageError
 
 ENTRY_SCRIPTS = ("scripts/run_in_docker.sh", "script/run_in_docker.sh")
 
@@ -47,12 +47,12 @@ def find_project(base: Path, called: str) -> Project:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise LauncherError(
+        raise UsageError(
             f"project {called!r} is ambiguous: {', '.join(p.path for p in matches)}; "
             "give the whole path"
         )
     there = ", ".join(p.path for p in projects) or "none"
-    raise LauncherError(
+    raise UsageError(
         f"project {called!r} not found below {base / 'projects'}; there are: {there}. "
         f"A project is a folder there that has {' or '.join(reversed(ENTRY_SCRIPTS))}"
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tml.docker.errors import LauncherError
 from tml.docker.hints import in_bytes
-from tml.docker.plan import IMAGES, SHM_BYTES, Variant
+from tml.docker.plan import BUILDS, IMAGES, SHM_BYTES, Variant
 from tml.docker.users import EngineKind, container_user
 
 Level = Literal["ok", "warning", "error"]
@@ -240,9 +240,8 @@ def gpus(devices: Sequence[str], cards: int, runtime: str | None) -> Check:
 def image(variant: Variant, there: str | None, wanted: str, size: int | None) -> Check:
     """Whether the image of a variant is what the checkout asks for."""
     name = IMAGES[variant]
-    flag = {"cpu": "", "gpu": " --gpu", "dev": " --dev"}[variant]
     of = {"cpu": "run, up", "gpu": "--gpus", "dev": "test, the editor"}[variant]
-    build = f"python -m tml.docker build{flag}"
+    build = BUILDS[variant]
     if there is None:
         if variant == "cpu":
             return warning(

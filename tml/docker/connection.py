@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -189,4 +190,16 @@ def describe(client: "APIClient", endpoint: Endpoint) -> EngineInfo:
         components=tuple(part["Name"] for part in version.get("Components") or []),
         security_options=tuple(info.get("SecurityOptions") or []),
         num_processors=info.get("NCPU") or 1,
+        gpu_runtime=gpu_runtime(info),
     )
+
+
+def gpu_runtime(info: Mapping[str, Any]) -> str | None:
+    """By what this engine would pass GPUs on."""
+    if "nvidia" in (info.get("Runtimes") or {}):
+        return "the runtime nvidia"
+    devices = info.get("DiscoveredDevices") or []
+    if any("nvidia.com/gpu" in str(device.get("ID", "")) for device in devices):
+        return "CDI"
+    # An engine that finds this takes it, whatever runtimes it has been told of.
+    return "the NVIDIA hook" if shutil.which("nvidia-container-runtime-hook") else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tml.docker import secrets, terminal
 from tml.docker.errors import ENGINE_FAILED, LauncherError
 from tml.docker.owner import liveness, this_process
-from tml.docker.plan import LABEL_JOB, LABEL_OWNER, Plan
+from tml.docker.plan import BUILDS, IMAGES, LABEL_JOB, LABEL_OWNER, Plan
 from tml.docker.render import to_engine
 
 if TYPE_CHECKING:
@@ -303,6 +303,15 @@ def name_taken(
     return LauncherError(f"a {kind} named {name} exists already: {remedy}")
 
 
+def no_gpu_runtime(said: str) -> LauncherError:
+    """The error where the engine cannot hand out GPUs."""
+    return LauncherError(
+        f"--gpus: this engine has no GPU runtime ({said}). Install the NVIDIA Container "
+        "Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart the engine; or "
+        "leave --gpus out to train on the processor"
+    )
+
+
 def explain(plan: Plan, error: Any) -> LauncherError:
     """What the engine refused, in words that say what to do."""
     said = str(error.explanation or error).strip()
@@ -319,15 +328,13 @@ def explain(plan: Plan, error: Any) -> LauncherError:
             "--publish PORT:PORT, or end what listens there"
         )
     if "could not select device driver" in text:
-        return LauncherError(
-            f"--gpus: this engine has no GPU runtime ({said}). Install the NVIDIA Container "
-            "Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, restart the engine; or "
-            "leave --gpus out to train on the processor"
-        )
+        return no_gpu_runtime(said)
     if "network" in text and "not found" in text:
         return LauncherError(f"--network {plan.network}: {said}")
     if error.status_code == 404 and "no such image" in text:
-        return LauncherError(f"image {plan.image} is not there: python -m tml.docker build")
+        builds = {IMAGES[variant]: command for variant, command in BUILDS.items()}
+        build = builds.get(plan.image, BUILDS["cpu"])
+        return LauncherError(f"image {plan.image} is not there: {build}")
     if "executable file not found" in text or "no such file or directory" in text:
         return LauncherError(f"{plan.name} could not start {plan.command[0]}: {said}", 127)
     if "permission denied" in text:

@@ -135,7 +135,8 @@ def _engine(checkout: Path) -> list[Check]:
     client, endpoint = connect()
     try:
         info, version = client.info(), client.version()
-        kind = engine_kind(describe(client, endpoint))
+        said = describe(client, endpoint)
+        kind = engine_kind(said)
         memory, processors = info.get("MemTotal") or 0, info.get("NCPU") or 1
         root = info.get("DockerRootDir") or "/"
         return [
@@ -150,7 +151,7 @@ def _engine(checkout: Path) -> list[Check]:
             checks.limits(info),
             checks.shared_memory(processors, memory),
             # Replaced once nvidia-smi has answered; until then it carries the runtime.
-            checks.ok("GPUs", _gpu_runtime(info) or ""),
+            checks.ok("GPUs", said.gpu_runtime or ""),
             *_images(client, checkout),
             *_jobs(client),
         ]
@@ -175,16 +176,6 @@ def _free(path: str, elsewhere: bool) -> int | None:
         return None if elsewhere else shutil.disk_usage(path).free
     except OSError:
         return None
-
-
-def _gpu_runtime(info: dict[str, Any]) -> str | None:
-    """By what this engine would pass GPUs on."""
-    if "nvidia" in (info.get("Runtimes") or {}):
-        return "the runtime nvidia"
-    devices = info.get("DiscoveredDevices") or []
-    if any("nvidia.com/gpu" in str(device.get("ID", "")) for device in devices):
-        return "CDI"
-    return "the NVIDIA hook" if shutil.which("nvidia-container-runtime-hook") else None
 
 
 def _images(client: "APIClient", checkout: Path) -> Iterable[Check]:

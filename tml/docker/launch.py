@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from tml.docker import plan as plans
 from tml.docker import render, signals
 from tml.docker.checkout import Project, find_project
-from tml.docker.errors import LauncherError, NoEngineError
+from tml.docker.errors import LauncherError, NoEngineError, UsageError
 from tml.docker.plan import Gang, Host, Plan, Request, Variant
 from tml.docker.terminal import is_terminal
-from tml.docker.users import EngineInfo, engine_kind
+from tml.docker.users import EngineInfo, engine_kind, lacks_gpus
 from tml.machines import environment
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
     project = find_project(checkout, flags.project)
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(
-            plans.plan_run(request, host_for_show(request), project, _run_id()), flags.json
-        )
+        host = host_for_show(request)
+        return _show(plans.plan_run(request, host, project, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_run(request, host, project, _run_id())
+    _need_gpus(plan, host)
     prepare_mounts(plan, host)
     _ensure_image(client, checkout, _variant(plan), flags.build)
     if plan.detach:
@@ -57,10 +57,11 @@ def up(flags: argparse.Namespace, args: Sequence[str]) -> int:
     project = find_project(checkout, flags.project)
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        gang = plans.plan_up(request, host_for_show(request), project, _run_id())
-        return _show_gang(gang, flags.json)
+        host = host_for_show(request)
+        return _show_gang(plans.plan_up(request, host, project, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     gang = plans.plan_up(request, host, project, _run_id())
+    _need_gpus(gang.members[0], host)
     for plan in gang.members:
         prepare_mounts(plan, host)
     _ensure_image(client, checkout, _variant(gang.members[0]), flags.build)
@@ -73,11 +74,11 @@ def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Open a shell in the image."""
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(
-            plans.plan_shell(request, host_for_show(request), _run_id(), flags.dev), flags.json
-        )
+        host = host_for_show(request)
+        return _show(plans.plan_shell(request, host, _run_id(), flags.dev), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_shell(request, host, _run_id(), flags.dev)
+    _need_gpus(plan, host)
     prepare_mounts(plan, host)
     _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
     return _carry_out(client, plan, pass_interrupt=True)
@@ -87,7 +88,8 @@ def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Run the tests that need no engine inside the dev image."""
     request = _request(flags, args)
     if flags.dry_run or flags.json:
-        return _show(plans.plan_test(request, host_for_show(request), _run_id()), flags.json)
+        host = host_for_show(request)
+        return _show(plans.plan_test(request, host, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_test(request, host, _run_id())
     prepare_mounts(plan, host)
@@ -174,10 +176,8 @@ def host_for_show(request: Request) -> Host:
     try:
         return _client_and_host(request)[1]
     except NoEngineError as error:
-        logging.warning(
-            "%s; showing what an ordinary engine would be told", str(error).splitlines()[0]
-        )
-        usual = EngineInfo(url="unix://", here=True, num_processors=os.cpu_count() or 1)
+        logging.warning("%s; showing what an ordinary engine would be told", error.brief)
+        usual = EngineInfo(url="unix://", here=False, num_processors=os.cpu_count() or 1)
         return _host(usual, None)
 
 
@@ -197,6 +197,7 @@ def _host(info: EngineInfo, endpoint: str | None) -> Host:
         engine_url=info.url,
         num_processors=info.num_processors,
         endpoint=endpoint,
+        lacks_gpus=lacks_gpus(info),
         foreign_mounts=any(
             _owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")
         ),
@@ -225,6 +226,18 @@ def _variant(plan: Plan) -> Variant:
     return {name: variant for variant, name in plans.IMAGES.items()}[plan.image]
 
 
+def _no_gpus() -> LauncherError:
+    from tml.docker.container import no_gpu_runtime
+
+    return no_gpu_runtime("it lists neither a runtime nvidia nor a GPU among its CDI devices")
+
+
+def _need_gpus(plan: Plan, host: Host) -> None:
+    """An error where the engine would refuse GPUs at the start, after gigabytes of image."""
+    if plan.gpus and host.lacks_gpus:
+        raise _no_gpus()
+
+
 def _own_folders(plan: Plan, host: Host) -> list[Path]:
     """Sources of a plan that we make where they are missing: made by us, they are the caller's."""
     ours = {str(host.home / ".config"), str(host.home / "tmp")}
@@ -241,7 +254,7 @@ def prepare_mounts(plan: Plan, host: Host) -> None:
             ) from error
     for mount in plan.mounts:
         if not Path(mount.source).exists():
-            raise LauncherError(
+            raise UsageError(
                 f"mount source {mount.source} (for {mount.target}) does not exist: make it, or "
                 "mend the path"
             )
@@ -249,25 +262,27 @@ def prepare_mounts(plan: Plan, host: Host) -> None:
         plans.refuse_socket(str(Path(mount.source).resolve()), host, mount.source)
 
 
-def _show(plan: Plan, as_json: bool) -> int:
+def _show(plan: Plan, host: Host, as_json: bool) -> int:
     if as_json:
         print(json.dumps(render.to_json(plan), indent=2))
         return 0
-    _say_what_a_paste_needs(plan)
+    _say_what_a_paste_needs(plan, host)
     print(render.to_shell(plan))
     return 0
 
 
-def _show_gang(gang: Gang, as_json: bool) -> int:
+def _show_gang(gang: Gang, host: Host, as_json: bool) -> int:
     if as_json:
         print(json.dumps(render.gang_to_json(gang), indent=2))
         return 0
-    _say_what_a_paste_needs(gang.members[0])
+    _say_what_a_paste_needs(gang.members[0], host)
     print(render.gang_to_shell(gang))
     return 0
 
 
-def _say_what_a_paste_needs(plan: Plan) -> None:
+def _say_what_a_paste_needs(plan: Plan, host: Host) -> None:
+    if plan.gpus and host.lacks_gpus:
+        logging.warning("%s", _no_gpus())
     for name in render.secret_names(plan):
         if name not in os.environ:
             logging.warning("%s is not shown: export it before you paste this", name)
@@ -296,7 +311,7 @@ def _ensure_image(
     if policy == "never":
         if there is None:
             raise LauncherError(
-                f"image {name} is not there, and --no-build was given: python -m tml.docker build"
+                f"image {name} is not there, and --no-build was given: {plans.BUILDS[variant]}"
             )
         if there != wanted:
             logging.warning(

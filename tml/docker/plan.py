@@ -12,7 +12,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 
 from tml.docker.checkout import Project
-from tml.docker.errors import LauncherError
+from tml.docker.errors import UsageError
 from tml.docker.users import EngineKind, container_user
 from tml.machines import environment
 from tml.machines.environment import Role
@@ -23,6 +23,14 @@ IMAGES: dict[Variant, str] = {
     "gpu": "local/torch:gpu",
     "dev": "local/torch:dev",
 }
+BUILDS: dict[Variant, str] = {
+    "cpu": "python -m tml.docker build",
+    "gpu": "python -m tml.docker build --gpu",
+    "dev": "python -m tml.docker build --dev",
+}
+"""What makes each of them."""
+
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 CHECKOUT = "/usr/src/app/tml"
 WORKDIR = "/usr/src/app"
@@ -123,6 +131,9 @@ class Host:
     """Where the engine listens, in any case."""
     num_processors: int = 1
     """Of the engine's machine."""
+    lacks_gpus: bool = False
+    """The engine has nothing that would hand a GPU to a container; False where that is not known.
+    """
     foreign_mounts: bool = False
     """Some mounted folder belongs to somebody other than the caller."""
 
@@ -251,7 +262,7 @@ def plan_up(request: Request, host: Host, project: Project, run_id: str) -> Gang
     for name, least in (("workers", 0), ("datasetworkers", 0), ("max_restarts", 0)):
         if getattr(request, name) < least:
             flag = "--" + name.replace("_", "-")
-            raise LauncherError(f"{flag} {getattr(request, name)}: expected {least} or more")
+            raise UsageError(f"{flag} {getattr(request, name)}: expected {least} or more")
     # Whatever was asked for: the job gets a network of its own, where ports can be published.
     alone = replace(request, detach=True, network="bridge")
     single = plan_run(alone, host, project, run_id)
@@ -366,13 +377,11 @@ def _plan(
 ) -> Plan:
     user = container_user(host.engine, host.uid, host.gid, host.user, request.user)
     if request.stop_grace_s < 0:
-        raise LauncherError(f"--stop-grace {request.stop_grace_s}: expected 0 or more seconds")
+        raise UsageError(f"--stop-grace {request.stop_grace_s}: expected 0 or more seconds")
     if request.cpus is not None and request.cpus <= 0:
-        raise LauncherError(f"--cpus {request.cpus:g}: expected more than 0")
+        raise UsageError(f"--cpus {request.cpus:g}: expected more than 0")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise LauncherError(
-            f"--name {name!r}: expected letters, digits, '_', '.', '-', two at least"
-        )
+        raise UsageError(f"--name {name!r}: expected letters, digits, '_', '.', '-', two at least")
     return Plan(
         image=IMAGES[variant],
         command=command,
@@ -426,15 +435,15 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
     if request.nproc_per_node is not None:
         count = request.nproc_per_node
         if not re.fullmatch(r"[1-9]\d*|auto|gpu|cpu", count):
-            raise LauncherError(
+            raise UsageError(
                 f"--nproc-per-node {count!r}: expected a count of processes, or auto, gpu, cpu"
             )
         name = environment.PET_NPROC_PER_NODE
         variables[name] = Variable(name=name, value=count)
     for text in request.env:
         name, given, value = text.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
-            raise LauncherError(f"--env {name!r}: expected NAME or NAME=VALUE")
+        if not VARIABLE_NAME.fullmatch(name):
+            raise UsageError(f"--env {name!r}: expected NAME or NAME=VALUE")
         if given:
             variables[name] = Variable(
                 name=name, value=value, secret=environment.is_secret_name(name)
@@ -450,7 +459,7 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
     for name in secret:
         _refuse_unfit_secret(name)
     if secret and environment.BASH_ENV in variables:
-        raise LauncherError(
+        raise UsageError(
             f"--env {environment.BASH_ENV}: secrets ({', '.join(secret)}) travel through it; leave "
             "one of the two out"
         )
@@ -460,27 +469,27 @@ def _environment(request: Request, host: Host, user_name: str) -> tuple[Variable
 def _refuse_unfit_secret(name: str) -> None:
     # Secrets reach the container through bash, see secrets.py.
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise LauncherError(
+        raise UsageError(
             f"--env {name}: the name of a secret can have letters, digits and '_' only"
         )
     if name in BASHS_OWN:
-        raise LauncherError(
+        raise UsageError(
             f"--env {name}: give its value, {name}=VALUE; by name alone it is taken for a secret, "
             "and bash, which hands those over, has a use of its own for this name"
         )
 
 
 def _ports(request: Request) -> tuple[Port, ...]:
+    ports = [parse_port(text) for text in request.publish]
     if request.publish and request.network in ("host", "none"):
         why = {
             "host": "a container on the host's network has the host's ports: leave --publish out",
             "none": "nothing reaches a container without a network: leave --publish out",
         }[request.network]
-        raise LauncherError(
+        raise UsageError(
             f"--publish {request.publish[0]} with --network {request.network}: {why}, or add "
             "--network bridge"
         )
-    ports = [parse_port(text) for text in request.publish]
     # The engine refuses a port of the host that is given twice; the same pair twice says nothing.
     return tuple(dict.fromkeys(ports))
 
@@ -489,13 +498,13 @@ def parse_port(text: str) -> Port:
     """A port from PORT or HOST_PORT:CONTAINER_PORT."""
     parts = text.split(":")
     if len(parts) > 2 or not all(re.fullmatch(r"\d{1,5}", part) for part in parts):
-        raise LauncherError(
+        raise UsageError(
             f"--publish {text!r}: expected PORT or PORT:PORT, such as 8080:80; it is always "
             "published at 127.0.0.1"
         )
     host, container = int(parts[0]), int(parts[-1])
     if not (1 <= host <= HIGHEST_PORT and 1 <= container <= HIGHEST_PORT):
-        raise LauncherError(f"--publish {text!r}: a port is 1 to {HIGHEST_PORT}")
+        raise UsageError(f"--publish {text!r}: a port is 1 to {HIGHEST_PORT}")
     return Port(host=host, container=container)
 
 
@@ -526,12 +535,10 @@ def parse_mount(text: str, host: Host) -> Mount:
         or not all(parts)
         or not parts[1].startswith("/")
     ):
-        raise LauncherError(
-            f"--mount {text!r}: expected SRC:DST or SRC:DST:ro with an absolute DST"
-        )
+        raise UsageError(f"--mount {text!r}: expected SRC:DST or SRC:DST:ro with an absolute DST")
     source, target = _absolute(parts[0], host), parts[1].rstrip("/") or "/"
     if target == "/":
-        raise LauncherError(f"--mount {text!r}: DST cannot be the container's root")
+        raise UsageError(f"--mount {text!r}: DST cannot be the container's root")
     return Mount(source=source, target=target, read_only=mode == "ro")
 
 
@@ -544,13 +551,13 @@ def refuse_socket(source: str, host: Host, shown: str | None = None) -> None:
     sockets = [*SOCKETS, *(url.removeprefix("unix://") for url in urls if url)]
     why = "who holds that is root on this machine"
     if source in sockets or Path(source).name in SOCKET_NAMES:
-        raise LauncherError(f"mount source {shown} is the engine's socket; {why}: leave it out")
+        raise UsageError(f"mount source {shown} is the engine's socket; {why}: leave it out")
     instead = "mount the folders that you need, one by one"
     if shown == str(host.home / ".config"):
         instead = "--config-mount none leaves it out"
     for socket in sockets:
         if socket.startswith(f"{source.rstrip('/')}/"):
-            raise LauncherError(
+            raise UsageError(
                 f"mount source {shown} has the engine's socket {socket} in it; {why}: {instead}"
             )
 
@@ -577,7 +584,7 @@ def parse_bytes(flag: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgt]?)b?", text.strip().lower())
     size = int(float(match.group(1)) * UNITS[match.group(2)]) if match else 0
     if size <= 0:
-        raise LauncherError(f"{flag} {text!r}: expected a size such as 512m or 2g")
+        raise UsageError(f"{flag} {text!r}: expected a size such as 512m or 2g")
     return size
 
 
@@ -590,7 +597,7 @@ def parse_gpus(text: str) -> Gpus:
     ids = tuple(part.strip() for part in text.removeprefix("device=").split(","))
     if all(re.fullmatch(r"\d+|GPU-[\w-]+|MIG-[\w-]+", part) for part in ids) and text != "0":
         return Gpus(ids=ids)
-    raise LauncherError(
+    raise UsageError(
         f"--gpus {text!r}: expected all, a count of 1 or more, ids such as 0,1, or device=0 for "
         "one id"
     )

@@ -38,6 +38,8 @@ class EngineInfo:
     """Names of its parts, such as "Engine" or "Podman Engine"."""
     security_options: tuple[str, ...] = ()
     num_processors: int = 1
+    gpu_runtime: str | None = None
+    """By what it would hand a GPU to a container, as far as that can be seen from here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,13 @@ def engine_kind(info: EngineInfo) -> EngineKind:
     if desktop:
         return "rootless" if _desktop_maps_root(info.platform) else "desktop"
     return "rootful"
+
+
+def lacks_gpus(info: EngineInfo) -> bool:
+    """Whether the engine is sure to refuse GPUs. Podman does not say by what it hands them out, and
+    into a virtual machine nobody can look.
+    """
+    return info.gpu_runtime is None and info.here and "Podman Engine" not in info.components
 
 
 def _desktop_maps_root(platform: str) -> bool:
