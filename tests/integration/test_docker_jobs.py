@@ -271,6 +271,32 @@ def test_stop_of_an_orphan_gives_the_grace_and_ends_its_record(
     assert "launcher died" in ended["cause"]
 
 
+@pytest.mark.parametrize("verb", ["stop", "gc"])
+def test_what_an_orphan_said_last_is_kept_without_its_secrets(
+    jobs: Any, client: Any, verb: str
+) -> None:
+    planted = "planted-5ecret-value"
+    script = (
+        "trap 'echo saved with $MY_TOKEN; echo to stderr >&2; printf unended; exit 0' TERM\n"
+        "echo ready; echo ready; n=0; while sleep 0.2; do echo tick $((n += 1)); done\n"
+    )
+    jobs.script(script)
+    jobs("run", PROJECT, "--detach", "--env", "MY_TOKEN", MY_TOKEN=planted)
+    (job,) = listed(jobs)
+    time.sleep(1.0)
+    os.kill(int(job["owner"].split(":")[1]), signal.SIGKILL)
+    time.sleep(1.0)
+    assert jobs(verb).returncode == 0
+    assert containers(client) == []
+    lines = jobs("logs", job["job"]).stdout.splitlines()
+    ticks = [line for line in lines if line.startswith("tick")]
+    assert len(ticks) > 5
+    assert lines[: len(ticks) + 2] == ["ready", "ready", *ticks]
+    assert ticks == [f"tick {number + 1}" for number in range(len(ticks))]
+    assert sorted(lines[-3:]) == ["saved with ***", "to stderr", "unended"]
+    assert planted not in "".join(path.read_text() for path in Path(job["logs"]).iterdir())
+
+
 # gc
 
 

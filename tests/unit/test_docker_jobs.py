@@ -176,6 +176,15 @@ def test_a_log_that_grows_is_printed_in_whole_lines(tmp_path: Path) -> None:
     file.close()
 
 
+def test_what_a_launcher_kept_is_not_kept_twice(tmp_path: Path) -> None:
+    path = tmp_path / "chief.log"
+    path.write_bytes(b"tick\ntick\nb\na\n")
+    # Whatever their order: two streams reach the engine and the launcher on ways of their own.
+    said = [(90.0, b"tick"), (99.0, b"tick"), (99.9, b"a"), (99.9, b"b"), (99.95, b"in flight")]
+    later = [(100.05, b"tick"), (101.0, b"tick"), (102.0, b"a")]
+    assert logs._not_kept([*said, *later], 100.0, path) == [b"in flight", b"tick", b"tick", b"a"]
+
+
 # Without an engine
 
 

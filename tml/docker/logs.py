@@ -15,9 +15,11 @@ import os
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +27,7 @@ from tml.docker import jobs, records, secrets, terminal
 from tml.docker.container import in_thread
 from tml.docker.errors import LauncherError
 from tml.docker.jobs import POLL_S, Job, Member
+from tml.docker.output import mask
 from tml.docker.prefix import Printer, Stream
 
 if TYPE_CHECKING:
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141
 """Exit status, as a program has that SIGPIPE ended."""
 CHUNK = 1 << 16
+IN_FLIGHT_S = 5.0
+"""What the engine noted so long before a launcher's last write has reached its logs."""
+CLOCK_STEP_S = 0.1
+"""A file's time may be so much before the writing."""
 
 Say = Callable[[str, Stream | None, bytes, str | None], None]
 """Takes member, stream, one line, time."""
@@ -289,31 +296,38 @@ class _Engine:
         self, member: Member, tail: int | None, *, follow: bool
     ) -> Iterator[tuple[str, str, Stream, bytes]]:
         """(time, member, stream, line) of one container."""
-        url = f"{self.client.base_url}/v{self.client.api_version}/containers/{member.id}/logs"
-        asked = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": int(follow)}
-        params = {**asked, "tail": "all" if tail is None else tail}
-        tty = bool(self.client.inspect_container(member.id)["Config"]["Tty"])
-        response = self.client.get(url, params=params, stream=True, timeout=None)
-        if response.status_code == 404:
-            return  # Removed in this moment.
-        if response.status_code >= 400:
-            raise LauncherError(
-                f"the engine does not show what {member.container} said: {response.text.strip()}"
-            )
-        rest: dict[Stream, bytes] = {"stdout": b"", "stderr": b""}
-        times: dict[Stream, str] = {}
-        for stream, piece in _messages(response.raw, tty):
-            stamp, _, text = piece.partition(b" ")
-            # A long line comes in pieces, each with the time of its beginning.
-            times.setdefault(stream, stamp.decode(errors="replace"))
-            rest[stream] += text
-            if rest[stream].endswith(b"\n"):
-                line = _last_state(rest[stream].removesuffix(b"\n"))
-                rest[stream] = b""
-                yield times.pop(stream), member.member, stream, line
-        for stream, line in rest.items():
-            if line:
-                yield times[stream], member.member, stream, _last_state(line)
+        for time_, stream, line in _said(self.client, member, tail, follow=follow):
+            yield time_, member.member, stream, _last_state(line)
+
+
+def _said(
+    client: "APIClient", member: Member, tail: int | None, *, follow: bool
+) -> Iterator[tuple[str, Stream, bytes]]:
+    """(time, stream, line) of one container, the line as it was written."""
+    url = f"{client.base_url}/v{client.api_version}/containers/{member.id}/logs"
+    asked = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": int(follow)}
+    params = {**asked, "tail": "all" if tail is None else tail}
+    tty = bool(client.inspect_container(member.id)["Config"]["Tty"])
+    response = client.get(url, params=params, stream=True, timeout=None)
+    if response.status_code == 404:
+        return  # Removed in this moment.
+    if response.status_code >= 400:
+        raise LauncherError(
+            f"the engine does not show what {member.container} said: {response.text.strip()}"
+        )
+    rest: dict[Stream, bytes] = {"stdout": b"", "stderr": b""}
+    times: dict[Stream, str] = {}
+    for stream, piece in _messages(response.raw, tty):
+        stamp, _, text = piece.partition(b" ")
+        # A long line comes in pieces, each with the time of its beginning.
+        times.setdefault(stream, stamp.decode(errors="replace"))
+        rest[stream] += text
+        if rest[stream].endswith(b"\n"):
+            line, rest[stream] = rest[stream].removesuffix(b"\n"), b""
+            yield times.pop(stream), stream, line
+    for stream, line in rest.items():
+        if line:
+            yield times[stream], stream, line
 
 
 def _messages(raw: Any, tty: bool) -> Iterator[tuple[Stream, bytes]]:
@@ -331,3 +345,69 @@ def _messages(raw: Any, tty: bool) -> Iterator[tuple[Stream, bytes]]:
     while len(header := raw.read(8)) == 8:
         data = raw.read(int.from_bytes(header[4:], "big"))
         yield ("stderr" if header[0] == 2 else "stdout"), data
+
+
+# What a dead launcher did not keep
+
+
+def secrets_of(client: "APIClient", member: Member) -> list[str] | None:
+    """The values that a container was given as secrets; None where there are some, and they cannot
+    be had: only while it runs can they be read, in it.
+    """
+    if not secrets.are_in(client.inspect_container(member.id)["Config"]["Env"] or ()):
+        return []
+    from docker.errors import APIError
+
+    try:
+        command = client.exec_create(member.id, ["cat", secrets.FILE], stderr=False)
+        script = client.exec_start(command["Id"])
+        if client.exec_inspect(command["Id"])["ExitCode"] == 0:
+            return secrets.values_in(script)
+    except (APIError, OSError):
+        pass  # It has ended, or is paused.
+    return None
+
+
+def keep_rest(client: "APIClient", job: Job, member: Member, hidden: Sequence[str] | None) -> None:
+    """Add to a member's log what it said after its launcher's death, before it is removed; hidden:
+    what secrets_of returned.
+    """
+    if job.record is None or job.record.logs is None:
+        return
+    path = Path(job.record.logs) / f"{member.member}.log"
+    try:
+        kept_at = path.stat().st_mtime
+        stars = mask(hidden or ())
+        said = [
+            (datetime.fromisoformat(time_).timestamp(), stars(line))
+            for time_, _, line in _said(client, member, None, follow=False)
+        ]
+        lines = _not_kept(sorted(said, key=itemgetter(0)), kept_at, path)
+        if lines and hidden is None:
+            why = "it was given secrets, and had ended when this was written"
+            lines = [f"tml: what it said after its launcher died is not kept: {why}".encode()]
+        with path.open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+    except FileNotFoundError:
+        return  # Somebody removed what was kept.
+    except (OSError, LauncherError) as error:
+        terminal.say(f"tml: cannot add to {path} what was said after the launcher died: {error}")
+
+
+def _not_kept(said: Sequence[tuple[float, bytes]], kept_at: float, path: Path) -> list[bytes]:
+    """The lines that are not in a log that was last written to at `kept_at`. What was said just
+    before may or may not be.
+    """
+    earlier = [line for when, line in said if when <= kept_at - IN_FLIGHT_S]
+    recent = said[len(earlier) :]
+    num_unsure = sum(when <= kept_at + CLOCK_STEP_S for when, _ in recent)
+    with path.open("rb") as file:
+        ends = (line.removesuffix(b"\n") for line in file)
+        kept = Counter(deque(ends, maxlen=len(earlier) + num_unsure)) - Counter(earlier)
+    new = []
+    for number, (_, line) in enumerate(recent):
+        if number < num_unsure and kept[line]:
+            kept[line] -= 1
+        else:
+            new.append(line)
+    return new

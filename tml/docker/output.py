@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +41,7 @@ class Output:
     ) -> None:
         self.printer = Printer([plan.member for plan in members], timestamps=timestamps)
         self.show, self.on_broken = show, on_broken
-        self.mask = mask(members)
+        self.mask = mask(v.value for plan in members for v in plan.env if v.secret)
         self._lock = threading.Lock()
         self._told_of_logs = False
         self._logs = logs
@@ -158,14 +158,12 @@ def _local_time() -> str:
     return datetime.datetime.now().strftime("%H:%M:%S.%f")[:-3]
 
 
-def mask(members: Sequence[Plan]) -> Callable[[bytes], bytes]:
+def mask(secrets: Iterable[str]) -> Callable[[bytes], bytes]:
     """What puts stars for secrets. Of a secret of several lines, each line is one."""
     words = {
         line.encode()
-        for plan in members
-        for variable in plan.env
-        if variable.secret
-        for line in variable.value.splitlines()
+        for secret in secrets
+        for line in secret.splitlines()
         if len(line) >= SHORTEST_SECRET
     }
     if not words:

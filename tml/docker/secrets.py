@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tml.docker import records
@@ -53,6 +54,12 @@ def discard(file: Path | None) -> None:
     """Remove what `stage` made; a container that has started keeps it."""
     if file is not None:
         shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def values_in(script: bytes) -> list[str]:
+    """The secrets in a file that `stage` wrote."""
+    words = shlex.split(os.fsdecode(script))
+    return [word.partition("=")[2] for before, word in pairwise(words) if before == "export"]
 
 
 def is_read_by(command: Sequence[str]) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tml.docker import jobs, records, secrets, terminal
+from tml.docker import jobs, logs, records, secrets, terminal
 from tml.docker.connection import connect
 from tml.docker.container import in_thread
 from tml.docker.errors import ENGINE_FAILED, LauncherError
@@ -259,8 +259,13 @@ def _end_container(
     client: "APIClient", ending: Ending, member: Member, grace: int | None, impatience: Impatience
 ) -> None:
     with _noted(ending, Item("container", member.container, ending.job.name)):
+        # Nobody else keeps what it says now. Only what runs can be asked for its secrets.
+        unkept = ending.job.owned == "dead" and ending.job.record is not None
+        hidden = logs.secrets_of(client, member) if unkept else None
         if member.alive:
             _stop_container(client, ending, member, grace, impatience)
+        if unkept:
+            logs.keep_rest(client, ending.job, member, hidden)
         client.remove_container(member.id, v=True, force=True)
 
 
