@@ -84,7 +84,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def train_line(record: Mapping[str, Any]) -> Text:
-    """`step 120/900  loss 1.234567  lr 0.1  98,765 edges/s  1.2 GiB  left 0:01:23`."""
+    """`step 120/900  loss 1.23457  lr 0.1  98,765 edges/s  1.2 GiB  left 1:23`."""
     total = record["total_steps"]
     step = f"{record['step']:,}" if total is None else f"{record['step']:>{len(f'{total:,}')},}"
     rates = sorted(set(record["lr"].values()))
@@ -95,7 +95,7 @@ def train_line(record: Mapping[str, Any]) -> Text:
         ("step ", "dim"),
         step if total is None else f"{step}/{total:,}",
         ("  loss ", "dim"),
-        (f"{record['loss']:.6f}", "bold"),
+        (f"{record['loss']:.5f}", "bold"),
         ("  lr ", "dim"),
         lr,
         "  ",
@@ -107,6 +107,8 @@ def train_line(record: Mapping[str, Any]) -> Text:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

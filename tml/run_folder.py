@@ -1,29 +1,37 @@
 """The run folder (save_dir): what a run leaves there, and how an earlier run makes room.
 
 A run owns its step folders, metrics.jsonl, metrics.json, config.yaml and the extra names that its
-project gives; nothing else is ever removed or moved.
+project gives; nothing else is ever removed or moved. One run at a time: two would save over each
+other.
 """
 
+import fcntl
 import json
 import logging
+import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
 from tml import checkpoint
-from tml.config import Config, load_config
+from tml.config import Config, ConfigError, load_config
 from tml.distributed import Job
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 """What was measured at the end; it is written last, so a run that has it is finished."""
+LOCK = ".lock"
+"""Locked (flock) by the chief of the run that trains here; says who that is."""
+_locks: dict[Path, TextIO] = {}
+"""Kept open until this process ends: the lock ends with it, however it ends."""
 
 
 def make_room(
@@ -32,8 +40,11 @@ def make_room(
     """Make save_dir ready for a run: one process calls it.
 
     extra: names below save_dir that the project writes. overwrite: an earlier run is removed;
-    repeat: a finished one is moved to `<save_dir>.<n>`.
+    repeat: a finished one is moved to `<save_dir>.<n>`. Raises ConfigError where another run trains
+    there.
     """
+    save_dir.mkdir(parents=True, exist_ok=True)
+    _claim(save_dir)
     if overwrite:
         for path in _run_files(save_dir, extra):
             # First of all, so that nobody who reads a step folder takes half of it for the whole.
@@ -44,7 +55,39 @@ def make_room(
                 path.unlink()
     elif repeat and is_finished(save_dir):
         _move_aside(save_dir, extra)
-    save_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _claim(save_dir: Path) -> None:
+    path = save_dir.resolve() / LOCK
+    held = _locks.get(path)
+    if (
+        held is not None
+        and path.exists()
+        and os.path.samestat(os.fstat(held.fileno()), path.stat())
+    ):
+        return  # ours already: a program may train there several times
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        who = file.read().strip() or "by another process"
+        file.close()
+        raise ConfigError(
+            f"run folder {save_dir} is in use: a run trains there since {who}; stop it "
+            "(python -m tml.docker ps, stop), or give another --save_dir"
+        ) from error
+    except OSError as error:
+        logger.warning(
+            "run folder %s cannot be locked (%s): see that nothing else trains there",
+            save_dir,
+            error.strerror,
+        )
+    file.truncate(0)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"{now}, process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
 
 
 def is_finished(save_dir: Path) -> bool:

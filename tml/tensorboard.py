@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=6006, help="port; 0 takes a free one")
     arguments = parser.parse_args(argv)
     logs.set_up(0)
+    if find_spec("tensorboard") is None:
+        logger.error(
+            "error: TensorBoard is not installed in %s: scripts/setup_venv.sh cpu installs what "
+            "training needs; or docker compose --profile tensorboard up tensorboard",
+            sys.prefix,
+        )
+        return 2
     if not arguments.logdir.is_dir():
         # The first run may make it; a parent that is not there either is a mistake.
         if arguments.logdir.exists() or not arguments.logdir.parent.is_dir():

@@ -195,7 +195,7 @@ def run(
         vectors = export.load_vectors(folder, config.model)
         if job.is_chief:
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
-            log.say(f"vectors: {', '.join(str(path) for path in paths)}")
+            log.say(f"vectors: {save_dir / VECTORS}: {', '.join(path.name for path in paths)}")
         split = "test" if config.test_data else "validation"
         report: evaluate.Report = {}
         if evaluates and (config.test_data or config.validation_data):

@@ -126,7 +126,7 @@ def unbroken_two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_folder_explains_itself(unbroken: Path, config: Path) -> None:
     assert checkpoint.complete_steps(unbroken) == [10, 20, 30, 40, 50, 60]
     names = {path.name for path in unbroken.iterdir()} - {"10", "20", "30", "40", "50", "60"}
-    assert names == {"metrics.jsonl", "metrics.json", "config.yaml", "vectors"}
+    assert names == {"metrics.jsonl", "metrics.json", "config.yaml", "vectors", ".lock"}
     meta = checkpoint.load_meta(unbroken / "30")
     assert meta["step"] == 30
     assert meta["world_size"] == 1

@@ -1,11 +1,25 @@
-"""The run folder: files that are whole or absent."""
+"""The run folder: files that are whole or absent, one run at a time."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tml import run_folder
+from tml.config import ConfigError
+
+TRAINS = """
+import pathlib, sys, time
+from tml import run_folder
+run_folder.make_room(pathlib.Path(sys.argv[1]), set())
+print("trains", flush=True)
+time.sleep(60)
+"""
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -15,3 +29,27 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         run_folder.write_json(tmp_path / "b.json", {"step": 1})
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
+
+
+def test_a_folder_that_another_run_trains_into_is_refused_until_that_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-c", TRAINS, str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "trains\n"
+        with pytest.raises(ConfigError, match=rf"{folder} is in use.* process {other.pid} on"):
+            run_folder.make_room(folder, set())
+        with pytest.raises(ConfigError, match="in use"):
+            run_folder.make_room(folder, set(), overwrite=True)
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    run_folder.make_room(folder, set())
+    assert f"process {os.getpid()} " in (folder / run_folder.LOCK).read_text()
+
+
+def test_a_program_may_train_into_a_folder_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        run_folder.make_room(tmp_path / "run", set())
+    shutil.rmtree(tmp_path / "run")
+    run_folder.make_room(tmp_path / "run", set())
+    assert (tmp_path / "run" / run_folder.LOCK).exists()

@@ -2,6 +2,7 @@
 # Inside the container, or in the virtual environment: train the Heavy Ranker, or do what the first word says.
 #
 #   run_in_docker.sh                                   random data where there is none, then the published configuration
+#                                                      (data also with flags, unless they name another config)
 #   run_in_docker.sh [FLAGS of projects/home/recap/main.py]      flags given here win over those below
 #   run_in_docker.sh create_random_data|run_local [FLAGS]        those scripts
 #   run_in_docker.sh generate_random_data|prepare|evaluate|predict|export [FLAGS]      that program
@@ -27,8 +28,8 @@ case "${1:-}" in
     ;;
 esac
 role=${SPEC_TYPE:-chief}
-if (($# == 0)); then
-  set -- --repeat
+(($#)) || set -- --repeat
+if [[ " $* " != *" --config_path"* ]]; then
   data="$HOME/tmp/recap_local_random_data"
   # The chief makes the data. Workers wait until they can meet it, the others until the data are there.
   case "$role" in
