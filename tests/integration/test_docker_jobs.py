@@ -87,7 +87,8 @@ def attached(jobs: Any, until: Any) -> Iterator[Any]:
 def detached(launcher: Any, script: str, *argv: str) -> str:
     """Name of a job that was started in the background."""
     launcher.script(script)
-    done = launcher(*(argv or ("run", PROJECT)), "--detach")
+    verb, *others = argv or ("run", PROJECT)
+    done = launcher(verb, "--detach", *others)
     assert done.returncode == 0, done.stderr
     return str(done.stdout.strip())
 
@@ -512,6 +513,39 @@ def test_logs_of_several_have_their_names_and_outlive_the_containers(jobs: Any) 
     wrong = jobs("logs", name, "--role", "evaluator")
     assert wrong.returncode == 125
     assert "it has chief, worker-1" in wrong.stderr
+
+
+def test_an_earlier_job_of_the_same_name_is_still_told_of(jobs: Any) -> None:
+    name = f"{PROJECT}-again"
+    detached(
+        jobs,
+        "echo first; exit 6\n",
+        "run",
+        PROJECT,
+        "--name",
+        name,
+        "--",
+        "--save_dir",
+        "/root/tmp/1",
+    )
+    assert jobs("wait", name).returncode == 6
+    detached(
+        jobs,
+        "echo second; exit 7\n",
+        "run",
+        PROJECT,
+        "--name",
+        name,
+        "--",
+        "--save_dir",
+        "/root/tmp/2",
+    )
+    assert jobs("wait", name).returncode == 7
+    newer, older = (job for job in listed(jobs, "--all") if job["job"] == name)
+    assert (newer["exit_code"], older["exit_code"]) == (7, 6)
+    assert jobs("logs", name).stdout == "second\n"
+    assert jobs("logs", older["run_id"]).stdout == "first\n"
+    assert jobs("ps", "--all").stdout.count(f"\n{name} ") == 2
 
 
 def test_following_goes_on_through_a_restart(jobs: Any) -> None:

@@ -142,6 +142,13 @@ def test_the_record_of_an_earlier_job_of_the_same_name_is_not_this_jobs(
     assert jobs._with_record(job("mine", run_id="earlier")).record is not None
 
 
+def test_of_several_that_ended_with_one_name_the_newest_is_meant_or_a_run_id() -> None:
+    known = [job("train", ended=True, run_id=run_id) for run_id in ("newer", "older")]
+    for name in ("train", "tra"):
+        assert jobs.choose(known, name).run_id == "newer"
+    assert jobs.choose(known, "older").run_id == "older"
+
+
 # Kept logs
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tml.docker import records
+from tml.docker.plan import Plan
 from tml.docker.records import Record
 from tml.machines import environment
 
@@ -34,6 +35,25 @@ def record(**changes: Any) -> Record:
         "started": 100.0,
     }
     return Record(**{**fields, **changes})
+
+
+def plan(job: str, run_id: str) -> Plan:
+    """A container of a job."""
+    return Plan(
+        image="local/torch",
+        command=("true",),
+        name=job,
+        run_id=run_id,
+        job=job,
+        workdir="/",
+        env=(),
+        mounts=(),
+        network="host",
+        user="1000:1000",
+        interactive=False,
+        tty=False,
+        detach=False,
+    )
 
 
 def test_what_is_written_is_read_again(state: Path) -> None:
@@ -90,6 +110,27 @@ def test_a_state_folder_that_cannot_be_written_ends_no_job(state: Path) -> None:
     state.parent.write_text("a file where the folder should be")
     records.write(record())
     assert records.read("tml-twhin-1") is None
+
+
+def test_a_name_that_is_used_again_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = records.end(record(job="mine", run_id="aa", started=1.0), 7, "it failed")
+    second = records.begin("run", [plan("mine", "bb")], "", None)
+    assert records.read("mine") == second
+    assert records.read("mine", "bb") == second
+    assert records.read("mine", "aa") == first
+    assert records.read("mine", "cc") is None
+    assert records.read_all() == [second, first]
+    # Each is changed where it is, and removed there.
+    changed = records.change(first, exit_code=8)
+    assert records.read("mine", "aa") == changed
+    assert records.read("mine") == second
+    monkeypatch.setattr(records, "KEPT", 0)
+    records.prune()
+    assert records.read_all() == [second]
+    records.write(changed)
+    records.end(second, 0, None)
+    records.prune()
+    assert records.read_all() == []
 
 
 def test_of_many_that_have_ended_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:

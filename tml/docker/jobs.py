@@ -177,15 +177,16 @@ def choose(jobs: Sequence[Job], name: str | None, *, ended: bool = False) -> Job
                 + ("" if ended else "; ps --all shows those that have ended")
             )
         raise LauncherError(f"{len(running)} jobs run; say which: {_names(running)}")
-    # A whole name goes before the beginning of one, what runs before what has ended.
+    # A whole name goes before the beginning of one, what runs before what has ended, and of those
+    # that ended the newest before others of its name, which are told by their run id.
     for group in (running, jobs):
         for job in group:
             if job.name == name:
                 return job
     for group in (running, jobs):
-        begun = [job for job in group if job.name.startswith(name)]
-        if len(begun) == 1:
-            return begun[0]
+        begun = [job for job in group if name in (job.name[: len(name)], job.run_id)]
+        if len({job.name for job in begun}) == 1:
+            return next((job for job in begun if job.run_id == name), begun[0])
         if begun:
             raise LauncherError(f"{name!r} may be any of {_names(begun)}: type more of it")
     there = f"; there are {_names(jobs)}" if jobs else "; there is none at all"
@@ -204,8 +205,8 @@ def choose_members(job: Job, members: Sequence[str], role: str | None) -> list[s
 
 def is_over(job: Job) -> bool:
     """Whether nothing more will come of a job, by its record and its launcher alone."""
-    record = records.read(job.name) if job.record else None
-    if record is None or record.run_id != job.run_id:
+    record = records.read(job.name, job.run_id) if job.record else None
+    if record is None:
         return liveness(job.owner) == "dead"
     return record.state == "ended" or liveness(record.owner) == "dead"
 
@@ -269,7 +270,7 @@ def _wait(client: "APIClient | None", job: Job, deadline: float | None) -> dict[
         watched.start()
     while True:
         over = is_over(job) if watched is None else not watched.is_alive()
-        record = records.read(job.name) if job.record else None
+        record = records.read(job.name, job.run_id) if job.record else None
         if over or (record and record.state == "ended"):
             return _result(job, record, codes)
         if deadline is not None and time.monotonic() >= deadline:
@@ -293,7 +294,7 @@ def _watch(client: "APIClient", job: Job, codes: list[int]) -> None:
 
 
 def _result(job: Job, record: Record | None, codes: list[int]) -> dict[str, Any]:
-    if record and record.state == "ended" and record.run_id == job.run_id:
+    if record and record.state == "ended":
         return _describe_end(job, "ended", record.exit_code, record.cause, record.ended)
     if codes:
         # The first in time that failed, as the gang rule has it.
@@ -332,9 +333,7 @@ def _member(found: Any) -> Member:
 
 
 def _with_record(job: Job) -> Job:
-    record = records.read(job.name)
-    if record is not None and record.run_id != job.run_id:
-        record = None  # Of an earlier job of this name.
+    record = records.read(job.name, job.run_id)
     order = {name: number for number, name in enumerate(record.members if record else ())}
     by_place = sorted(
         job.members,

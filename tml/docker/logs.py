@@ -85,8 +85,8 @@ def logs(flags: argparse.Namespace, args: Sequence[str]) -> int:
 
 def _say_failure(job: Job) -> None:
     """Of a job that has failed, why."""
-    record = records.read(job.name) if job.record else None
-    if record and record.run_id == job.run_id and record.state == "ended" and record.exit_code:
+    record = records.read(job.name, job.run_id) if job.record else None
+    if record and record.state == "ended" and record.exit_code:
         why = f": {record.cause}" if record.cause else ""
         terminal.say(f"tml: {job.name} ended with exit status {record.exit_code}{why}")
         for line in (record.post_mortem or "").splitlines()[1:]:

@@ -1,6 +1,9 @@
 """What is known of a job once its containers are gone: one small JSON file a job, below the
 caller's state folder (XDG_STATE_HOME, else ~/.local/state). Containers that run are found by label,
 never from here.
+
+<job>.json is the newest job of that name, <job>~<run id>.json an earlier one: no name of a
+container has a ~.
 """
 
 import contextlib
@@ -70,6 +73,7 @@ def begin(
         logs=logs,
         started=time.time(),
     )
+    _set_aside(record)
     write(record)
     prune()
     return record
@@ -77,8 +81,8 @@ def begin(
 
 def write(record: Record) -> None:
     """Write a record, whole or not at all; an unwritable state folder does not end a job."""
-    path = folder() / f"{record.job}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    path = _path(record)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary.write_text(json.dumps(asdict(record), indent=2) + "\n")
@@ -104,9 +108,14 @@ def end(
     return change(record, state="ended", ended=time.time(), **told)
 
 
-def read(job: str) -> Record | None:
-    """The record of a job; None where there is none that can be read."""
-    return _read(folder() / f"{job}.json")
+def read(job: str, run_id: str | None = None) -> Record | None:
+    """The record of the newest job of a name, or of that with `run_id`; None where there is none
+    that can be read.
+    """
+    newest = _read(_newest(job))
+    if run_id is None or (newest is not None and newest.run_id == run_id):
+        return newest
+    return _read(_earlier(job, run_id))
 
 
 def read_all() -> list[Record]:
@@ -120,7 +129,30 @@ def prune() -> None:
     ended = [record for record in read_all() if record.state == "ended"]
     for record in sorted(ended, key=lambda r: r.ended or 0.0, reverse=True)[KEPT:]:
         with contextlib.suppress(OSError):  # A folder that cannot be written to ends no job.
-            (folder() / f"{record.job}.json").unlink()
+            _path(record).unlink()
+
+
+def _newest(job: str) -> Path:
+    return folder() / f"{job}.json"
+
+
+def _earlier(job: str, run_id: str) -> Path:
+    return folder() / f"{job}~{run_id}.json"
+
+
+def _path(record: Record) -> Path:
+    """Where a record is, or belongs."""
+    newest, earlier = _read(_newest(record.job)), _earlier(record.job, record.run_id)
+    of_another = newest is not None and newest.run_id != record.run_id
+    return earlier if of_another or earlier.exists() else _newest(record.job)
+
+
+def _set_aside(record: Record) -> None:
+    """Keep the record of the last job that had the name of this new one."""
+    last = _read(_newest(record.job))
+    if last is not None and last.run_id != record.run_id:
+        with contextlib.suppress(OSError):
+            _newest(record.job).replace(_earlier(last.job, last.run_id))
 
 
 def _read(path: Path) -> Record | None:

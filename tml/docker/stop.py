@@ -231,8 +231,7 @@ def _is_recorded(job: Job) -> bool:
 
 
 def _record_of(job: Job) -> Record | None:
-    record = records.read(job.name) if job.record else None
-    return record if record and record.run_id == job.run_id else None
+    return records.read(job.name, job.run_id) if job.record else None
 
 
 def _end_record(ending: Ending, exit_code: int, cause: str) -> None:
