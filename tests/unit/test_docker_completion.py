@@ -70,6 +70,10 @@ def ask(code: Path, line: str, script: str = ASK_BASH, **env: str) -> list[str]:
         (".venv/bin/python -m tml.docker run re", ["recap"]),
         ("python -c tml.docker st", []),
         ("tml run --nosuch", []),
+        ("tml run -- --no", []),
+        ("tml run recap -- ", []),
+        ("tml exec -- --ro", []),
+        ("python -m tml.docker up -- --eval", []),
     ],
 )
 def test_bash_is_offered_what_fits(code: Path, line: str, words: list[str]) -> None:

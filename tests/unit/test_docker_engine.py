@@ -99,9 +99,44 @@ def test_a_dry_run_and_json_work_without_an_engine(bare_launcher: Any) -> None:
     shown = bare_launcher("run", "standin", "--dry-run", DOCKER_HOST="unix:///none.sock")
     assert (shown.returncode, shown.stdout.count("\n")) == (0, 1)
     assert shown.stdout.startswith("docker run --rm --init --name tml-standin-")
+    assert shown.stderr.splitlines()[0] == (
+        "tml: no Docker Engine answers; showing what an ordinary engine would be told"
+    )
     assert not (bare_launcher.home / "tmp").exists()
     plan = bare_launcher("run", "standin", "--json", DOCKER_HOST="unix:///none.sock")
     assert json.loads(plan.stdout)["image"] == "local/torch"
+
+
+def test_a_variable_that_is_not_set_here_is_named(bare_launcher: Any) -> None:
+    flags = ("--env", "NOT_SET_HERE", "--env", "SET_HERE", "--env", "GIVEN=x", "--dry-run")
+    engine = {"DOCKER_HOST": "unix:///none.sock"}
+    for verb in ("run", "up"):
+        said = bare_launcher(verb, "standin", *flags, SET_HERE="", **engine).stderr
+        assert "tml: NOT_SET_HERE is not set here: the container does without it\n" in said
+        assert said.count("is not set here") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("run", "--memory", "4x"),
+        ("run", "--shm-size", "0"),
+        ("run", "--nproc-per-node", "two"),
+        ("run", "--env", "1BAD=2"),
+        ("run", "--publish", "foo"),
+        ("run", "--name", "a b"),
+        ("run", "--gpus", "some"),
+        ("run", "--mount", "/run:/x"),
+        ("up", "--workers", "-1"),
+        ("up", "--max-restarts", "-1"),
+    ],
+)
+def test_a_mistaken_value_of_a_flag_ends_with_2(bare_launcher: Any, flags: tuple[str, ...]) -> None:
+    verb, flag, value = flags
+    engine = {"DOCKER_HOST": "unix:///none.sock"}
+    done = bare_launcher(verb, "standin", flag, value, "--dry-run", **engine)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_project_that_is_not_there_needs_no_engine_to_be_missed(bare_launcher: Any) -> None:

@@ -93,9 +93,42 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(
 def test_flags_of_the_program_are_sent_behind_the_dashes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = refusal(capsys, "run", "twhin", "--max_steps=3")
-    assert "what is meant for the program stands after --" in said
+    for flag in ("--max_steps=3", "--set", "--save_dir", "--config_path=x", "--config"):
+        said = refusal(capsys, "run", flag, "x=1")
+        name = flag.partition("=")[0]
+        assert "flags of the program go after --, as in" in said
+        assert f"python -m tml.docker run -- {name} …" in said
+        assert "did you mean" not in said
+    assert "what is meant for the program stands after --" in refusal(capsys, "up", "--zzz")
     assert "after --" not in refusal(capsys, "ps", "--max_steps=3")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--config-moun", "--config-mount"),
+        ("--nproc_per_node", "--nproc-per-node"),
+        ("--shm_size=1g", "--shm-size"),
+    ],
+)
+def test_flags_of_the_launcher_that_look_like_the_programs_are_known(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"did you mean {meant}?" in refusal(capsys, "run", typed)
+
+
+@pytest.mark.parametrize("typed", ["--workers", "--wrokers", "--worker=2"])
+def test_run_sends_who_wants_workers_to_up(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "; up has --workers\n" in refusal(capsys, "run", typed)
+    assert "up has" not in refusal(capsys, "shell", typed)
+
+
+def test_the_help_says_what_a_port_and_an_exec_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "run needs --network bridge" in help_of(capsys, "run")
+    assert "without one, a shell" in help_of(capsys, "exec")
 
 
 def test_what_takes_nothing_after_the_dashes_says_so(capsys: pytest.CaptureFixture[str]) -> None:

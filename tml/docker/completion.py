@@ -124,8 +124,8 @@ end
 
 def complete() -> None:
     """Answer the shell's question for words, and end the process. Silent whatever goes wrong."""
-    import argcomplete
     from argcomplete.completers import ChoicesCompleter, DirectoriesCompleter, FilesCompleter
+    from argcomplete.finders import CompletionFinder
 
     parser = verbs.build_parser()
     files = FilesCompleter()
@@ -146,9 +146,17 @@ def complete() -> None:
     for action in _actions(parser):
         if action.dest in completers:
             action.completer = completers[action.dest]  # type: ignore[attr-defined]
-    argcomplete.autocomplete(
-        parser, always_complete_options=False, default_completer=ChoicesCompleter({})
-    )
+
+    class Finder(CompletionFinder):
+        """Offers nothing of ours after --: what stands there is the program's."""
+
+        def _get_completions(self, comp_words: list[str], *rest: Any) -> list[str]:
+            if "--" in comp_words:
+                return []
+            return list(super()._get_completions(comp_words, *rest))  # type: ignore[no-untyped-call]
+
+    finder = Finder()
+    finder(parser, always_complete_options=False, default_completer=ChoicesCompleter({}))
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -105,6 +105,7 @@ WAIT_EXAMPLES = """examples:
   python -m tml.docker wait tml-twhin-1a2b --timeout 3600
 """
 EXEC_EXAMPLES = """examples:
+  python -m tml.docker exec                       a shell in the only job
   python -m tml.docker exec -- nvidia-smi
   python -m tml.docker exec tml-twhin-1a2b --role worker-1 -- bash
 """
@@ -187,19 +188,44 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags, unknown = parser.parse_known_args(argv)
     verb = _parsers(parser)[flags.verb]
     if unknown:
-        verb.error(_unknown(verb, unknown, flags.takes_args))
+        verb.error(_unknown(verb, unknown, flags.takes_args, _parsers(parser)["up"]))
     if args and not flags.takes_args:
         verb.error(f"{flags.verb} takes nothing after --")
     return flags, args
 
 
-def _unknown(verb: argparse.ArgumentParser, unknown: list[str], takes_args: bool) -> str:
+def _unknown(
+    verb: argparse.ArgumentParser,
+    unknown: list[str],
+    takes_args: bool,
+    up: argparse.ArgumentParser,
+) -> str:
     """What to say of words that a verb does not know."""
-    message = f"{verb.prog.rpartition(' ')[2]} does not know {' '.join(unknown)}"
-    there = [name for action in verb._actions for name in action.option_strings]
-    near = get_close_matches(unknown[0].partition("=")[0], there, n=1)
-    message += f"; did you mean {near[0]}?" if near else ""
+    name, flag = verb.prog.rpartition(" ")[2], unknown[0].partition("=")[0]
+    message = f"{name} does not know {' '.join(unknown)}"
+    there = _flags_of(verb)
+    # What only `up` has is looked for in `run`, which trains on one container.
+    of_up = [other for other in _flags_of(up) if other not in there] if name == "run" else []
+    # The launcher's own have no _; somebody may have typed one for a -.
+    near = get_close_matches(flag.replace("_", "-"), there + of_up, n=1)
+    if takes_args and _is_programs(flag, near):
+        return f"{message}: flags of the program go after --, as in\n    {verb.prog} -- {flag} …"
+    if near:
+        message += f"; up has {near[0]}" if near[0] in of_up else f"; did you mean {near[0]}?"
     return message + ("\n  what is meant for the program stands after --" if takes_args else "")
+
+
+def _flags_of(verb: argparse.ArgumentParser) -> list[str]:
+    return [name for action in verb._actions for name in action.option_strings]
+
+
+def _is_programs(flag: str, near: list[str]) -> bool:
+    """Whether a flag looks like one of the projects' programs: --set, --save_dir, --config_path;
+    `near`: the launcher's own that it may be meant for.
+    """
+    if near and near[0] == flag.replace("_", "-"):
+        return False
+    return flag == "--set" or "_" in flag or flag in ("--config", "--config-path", "--save-dir")
 
 
 def _parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -354,7 +380,11 @@ def _add_jobs(verbs: Verbs) -> None:
     _json(wait)
 
     execute = _verb(
-        verbs, "exec", "exec:execute", "a command inside a container of a job", EXEC_EXAMPLES
+        verbs,
+        "exec",
+        "exec:execute",
+        "a command inside a container of a job; without one, a shell",
+        EXEC_EXAMPLES,
     )
     _job(execute)
     _role(execute, "chief")
@@ -543,7 +573,7 @@ def _container_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[PORT:]PORT",
-        help="a port of the (chief's) container at 127.0.0.1; not with --network host",
+        help="a port of the (chief's) container at 127.0.0.1; run needs --network bridge for it",
     )
     add(
         "--read-only",

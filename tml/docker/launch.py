@@ -131,6 +131,9 @@ def ping(flags: argparse.Namespace, args: Sequence[str]) -> int:
 
 
 def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
+    for name in flags.env:
+        if plans.VARIABLE_NAME.fullmatch(name) and name not in os.environ:
+            logging.warning("%s is not set here: the container does without it", name)
     return Request(
         args=tuple(args),
         # `up` has no such flag: its containers have a network of their own.
