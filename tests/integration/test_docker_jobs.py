@@ -253,6 +253,28 @@ def test_stop_all_stops_each_job(jobs: Any, attached: Any, client: Any) -> None:
     assert (containers(client), networks(client)) == ([], [])
 
 
+def test_jobs_of_others_are_shown_and_left_alone(jobs: Any, attached: Any, client: Any) -> None:
+    attached()
+    assert "USER" not in jobs("ps").stdout
+    (mine,) = listed(jobs)
+    labels = {"tml.run": "x", "tml.job": "theirs", "tml.project": PROJECT, "tml.user": "bob"}
+    config = {"Image": "local/torch", "Cmd": ["sleep", "60"], "Labels": labels}
+    theirs = client.create_container_from_config(config, name=f"{PROJECT}-theirs")["Id"]
+    try:
+        client.start(theirs)
+        table = [line.split() for line in jobs("ps").stdout.splitlines()]
+        assert table[0][2] == "USER"
+        assert {row[0]: row[2] for row in table[1:]} == {"theirs": "bob", mine["job"]: mine["user"]}
+        # Also without a name there is but one to be meant.
+        assert jobs("exec", "--", "true").returncode == 0
+        done = jobs("stop", "--all")
+        assert (done.returncode, done.stdout) == (0, f"stopped {mine['job']}\n")
+        assert containers(client) == [f"{PROJECT}-theirs"]
+        assert "no job of yours runs" in jobs("stop").stderr
+    finally:
+        client.remove_container(theirs, force=True)
+
+
 def test_stop_of_an_orphan_gives_the_grace_and_ends_its_record(
     jobs: Any, attached: Any, client: Any
 ) -> None:

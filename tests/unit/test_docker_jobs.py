@@ -14,7 +14,7 @@ import pytest
 from tml.docker import jobs, logs, records
 from tml.docker.errors import LauncherError
 from tml.docker.jobs import Job, Member
-from tml.docker.owner import this_process
+from tml.docker.owner import this_process, user_name
 from tml.docker.records import Record
 from tml.machines import environment
 
@@ -89,6 +89,15 @@ def test_without_a_name_and_without_any_that_runs_the_newest_will_do_for_some_ve
     with pytest.raises(LauncherError, match="no job runs: start one") as caught:
         jobs.choose(known, None)
     assert caught.value.exit_code == 125
+
+
+def test_without_a_name_only_jobs_of_ones_own_are_meant() -> None:
+    others = job("b", user="somebody-else")
+    assert jobs.choose([others, job("a", user=user_name())], None).name == "a"
+    assert jobs.choose([others, job("older")], None).name == "older"
+    assert jobs.choose([others], "b").name == "b"
+    with pytest.raises(LauncherError, match=r"no job of yours runs: .*; of others there run b"):
+        jobs.choose([others], None)
 
 
 def test_several_that_run_are_named() -> None:

@@ -70,7 +70,8 @@ def test_the_whole_line_of_the_default_plan() -> None:
         " -e HOME=/root -e USER=me -e LOGNAME=me -e TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor"
         " --network host --shm-size 2g --cap-drop ALL --security-opt no-new-privileges"
         " --pids-limit 8192 --stop-timeout 45 --label tml.run=1234"
-        " --label tml.job=tml-twhin-1234 --label tml.role=chief --label tml.index=0"
+        " --label tml.job=tml-twhin-1234 --label tml.user=me --label tml.role=chief"
+        " --label tml.index=0"
         " --label tml.project=twhin local/torch bash tml/projects/twhin/scripts/run_in_docker.sh"
     )
 

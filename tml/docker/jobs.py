@@ -1,8 +1,8 @@
 """Jobs: what runs, found by label, and what has ended, told by the records. The verbs `ps`, `wait`.
 
-    ps --json     a list of jobs, each {job, run_id, verb, project, state, owner, members: [{member,
-                  container, state}], logs, started, ended, exit_code, cause, restarts}; times are
-                  seconds since the epoch, what is not known is null
+    ps --json     a list of jobs, each {job, run_id, verb, project, user, state, owner, members:
+                  [{member, container, state}], logs, started, ended, exit_code, cause, restarts};
+                  times are seconds since the epoch, what is not known is null
     wait --json   {job, state, exit_code, cause, started, ended}; state is ended, lost or running
                   (after --timeout)
 
@@ -10,6 +10,9 @@ A job that runs is `starting` (nothing of it runs yet), `running`, `restarting`,
 `orphaned` (its launcher is dead: `gc` or `stop` it) or `elsewhere` (its launcher is on another
 machine). One that has ended is `ended`, or `lost` where its launcher died and nothing of it is left
 to tell how it ended.
+
+Where several people share an engine, a name means a job whosever it is; without a name only the
+caller's own are meant.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tml.docker import records
 from tml.docker.connection import connect
 from tml.docker.errors import ENGINE_FAILED, LauncherError, NoEngineError
-from tml.docker.owner import Liveness, liveness
+from tml.docker.owner import Liveness, liveness, user_name
 from tml.docker.plan import (
     LABEL_INDEX,
     LABEL_JOB,
@@ -33,6 +36,7 @@ from tml.docker.plan import (
     LABEL_PROJECT,
     LABEL_ROLE,
     LABEL_RUN,
+    LABEL_USER,
 )
 from tml.docker.records import Record
 
@@ -77,6 +81,8 @@ class Job:
     run_id: str
     project: str
     owner: str
+    user: str = ""
+    """Login name of who started it; "" where its containers do not say."""
     members: tuple[Member, ...] = ()
     """The chief first."""
     networks: tuple[tuple[str, str], ...] = ()
@@ -89,6 +95,11 @@ class Job:
         if self.members or self.networks:
             return True
         return self.record is not None and self.record.state != "ended" and self.owned == "alive"
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the caller started it, as far as is known: what only a record tells of, did."""
+        return self.user in ("", user_name())
 
     @cached_property
     def owned(self) -> Liveness:
@@ -131,6 +142,7 @@ def find_running(client: "APIClient", label: str = LABEL_RUN) -> list[Job]:
         jobs[name, made_by] = replace(
             job,
             project=labels.get(LABEL_PROJECT, job.project),
+            user=labels.get(LABEL_USER, job.user),
             members=(*job.members, *found.get("members", ())),
             networks=(*job.networks, *found.get("networks", ())),
         )
@@ -162,21 +174,12 @@ def find_all(client: "APIClient") -> list[Job]:
 
 
 def choose(jobs: Sequence[Job], name: str | None, *, ended: bool = False) -> Job:
-    """The job that `name`, or an unambiguous beginning of it, means. Without a name the only one
-    that runs; where none runs and `ended` will do, the newest.
+    """The job that `name`, or an unambiguous beginning of it, means. Without a name the caller's
+    only one that runs; where none runs and `ended` will do, the newest.
     """
-    running = [job for job in jobs if job.exists]
     if name is None:
-        if len(running) == 1:
-            return running[0]
-        if not running and ended and jobs:
-            return max(jobs, key=lambda job: job.started or 0)
-        if not running:
-            raise LauncherError(
-                "no job runs: start one with python -m tml.docker run, or up"
-                + ("" if ended else "; ps --all shows those that have ended")
-            )
-        raise LauncherError(f"{len(running)} jobs run; say which: {_names(running)}")
+        return _choose_mine(jobs, ended)
+    running = [job for job in jobs if job.exists]
     # A whole name goes before the beginning of one, what runs before what has ended, and of those
     # that ended the newest before others of its name, which are told by their run id.
     for group in (running, jobs):
@@ -191,6 +194,24 @@ def choose(jobs: Sequence[Job], name: str | None, *, ended: bool = False) -> Job
             raise LauncherError(f"{name!r} may be any of {_names(begun)}: type more of it")
     there = f"; there are {_names(jobs)}" if jobs else "; there is none at all"
     raise LauncherError(f"there is no job {name!r}{there}")
+
+
+def _choose_mine(jobs: Sequence[Job], ended: bool) -> Job:
+    mine = [job for job in jobs if job.is_mine]
+    running = [job for job in mine if job.exists]
+    if len(running) == 1:
+        return running[0]
+    if running:
+        raise LauncherError(f"{len(running)} jobs run; say which: {_names(running)}")
+    if mine and ended:
+        return max(mine, key=lambda job: job.started or 0)
+    others = [job for job in jobs if job.exists and not job.is_mine]
+    raise LauncherError(
+        ("no job of yours runs" if others else "no job runs")
+        + ": start one with python -m tml.docker run, or up"
+        + ("" if ended else "; ps --all shows those that have ended")
+        + (f"; of others there run {_names(others)}" if others else "")
+    )
 
 
 def choose_members(job: Job, members: Sequence[str], role: str | None) -> list[str]:
@@ -365,6 +386,7 @@ def _to_json(job: Job) -> dict[str, Any]:
         "run_id": job.run_id,
         "verb": record.verb if record else None,
         "project": job.project or None,
+        "user": job.user or None,
         "state": job.state,
         "owner": job.owner or None,
         "members": members,
@@ -389,6 +411,9 @@ def _print_table(jobs: Sequence[Job]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("NAME", overflow="fold", min_width=18)
     table.add_column("PROJECT", overflow="fold")
+    shared = not all(job.is_mine for job in jobs)
+    if shared:
+        table.add_column("USER", overflow="fold")
     for title in ("STATE", "MEMBERS", "STARTED", "EXIT"):
         table.add_column(title, no_wrap=True)
     for job in jobs:
@@ -396,6 +421,7 @@ def _print_table(jobs: Sequence[Job]) -> None:
         table.add_row(
             job.name,
             job.project or "-",
+            *([job.user or user_name()] if shared else []),
             job.state,
             _count(job),
             "-" if job.started is None else f"{_span(time.time() - job.started)} ago",

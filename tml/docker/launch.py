@@ -3,7 +3,6 @@ plan is computed, then shown or carried out.
 """
 
 import argparse
-import getpass
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from tml.docker import plan as plans
 from tml.docker import render, signals
 from tml.docker.checkout import Project, find_project
 from tml.docker.errors import LauncherError, NoEngineError, UsageError
+from tml.docker.owner import user_name
 from tml.docker.plan import Gang, Host, Plan, Request, Variant
 from tml.docker.terminal import is_terminal
 from tml.docker.users import EngineInfo, engine_kind, lacks_gpus
@@ -193,7 +193,7 @@ def _host(info: EngineInfo, endpoint: str | None) -> Host:
         cwd=Path.cwd(),
         uid=uid,
         gid=os.getgid(),
-        user=_user_name(),
+        user=user_name(),
         environment=os.environ,
         terminal=is_terminal(),
         engine=engine_kind(info),
@@ -205,13 +205,6 @@ def _host(info: EngineInfo, endpoint: str | None) -> Host:
             _owner(path) not in (uid, None) for path in (checkout, home / "tmp", home / ".config")
         ),
     )
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "user"
 
 
 def _owner(path: Path) -> int | None:

@@ -6,6 +6,7 @@ same number, from a process before a reboot, and from one within a container on 
 which has the host's name. Where there is no /proc the last two are empty.
 """
 
+import getpass
 import os
 import socket
 from pathlib import Path
@@ -19,6 +20,14 @@ def this_process() -> str:
     pid = os.getpid()
     parts = (socket.gethostname(), pid, _boot_id(), _start_ticks(pid) or "", _namespace())
     return ":".join(map(str, parts))
+
+
+def user_name() -> str:
+    """Login name of the caller."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "user"  # An id without a name.
 
 
 def liveness(owner: str) -> Liveness:

@@ -52,6 +52,8 @@ PIDS_LIMIT = 8192
 
 LABEL_RUN, LABEL_JOB, LABEL_PROJECT = "tml.run", "tml.job", "tml.project"
 LABEL_ROLE, LABEL_INDEX, LABEL_OWNER = "tml.role", "tml.index", "tml.owner"
+LABEL_USER = "tml.user"
+"""Login name of who started it."""
 """What a container, and the network of a job, can be found by. The owner is that of owner.py."""
 
 RENDEZVOUS_PORT = 29500
@@ -274,7 +276,12 @@ def plan_up(request: Request, host: Host, project: Project, run_id: str) -> Gang
     members = tuple(
         _member(single, request, project, role, index, len(roles)) for role, index in roles
     )
-    labels = {LABEL_RUN: run_id, LABEL_JOB: job, LABEL_PROJECT: project.path}
+    labels = {
+        LABEL_RUN: run_id,
+        LABEL_JOB: job,
+        LABEL_PROJECT: project.path,
+        LABEL_USER: host.user,
+    }
     return Gang(
         job=job,
         run_id=run_id,
@@ -409,6 +416,7 @@ def _plan(
         labels={
             LABEL_RUN: run_id,
             LABEL_JOB: name,
+            LABEL_USER: host.user,
             LABEL_ROLE: "chief",
             LABEL_INDEX: "0",
         },

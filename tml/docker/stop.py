@@ -106,13 +106,16 @@ class Impatience:
 
 
 def stop(flags: argparse.Namespace, args: Sequence[str]) -> int:
-    """Stop a job, or all: SIGTERM, the grace, SIGKILL; afterwards nothing of it is left."""
+    """Stop a job, or all of the caller's: SIGTERM, the grace, SIGKILL; afterwards nothing of them
+    is left.
+    """
     if flags.stop_grace is not None and flags.stop_grace < 0:
         raise LauncherError(f"--stop-grace {flags.stop_grace}: expected 0 or more seconds")
     client, _ = connect()
     known = jobs.find_all(client)
     if flags.all:
-        chosen = [job for job in known if job.exists or job.state == "lost"]
+        mine = [job for job in known if job.is_mine]
+        chosen = [job for job in mine if job.exists or job.state == "lost"]
     else:
         chosen = [jobs.choose(known, flags.job)]
     impatience = Impatience(", ".join(job.name for job in chosen))
