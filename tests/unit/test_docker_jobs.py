@@ -229,6 +229,31 @@ def test_how_a_job_ended_is_told_without_an_engine(
     assert call(tmp_path, "logs").stdout == "hello\n"
 
 
+def test_ps_shows_what_ended_without_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.XDG_STATE_HOME, str(tmp_path))
+    assert call(tmp_path, "ps", "--all").returncode == 125
+    for number in range(7):
+        name = f"job-{number}"
+        cause = f"{name} was killed" if number % 2 else "chief was killed"
+        fields = {"state": "ended", "exit_code": 9, "cause": cause, "started": 100.0 + number}
+        records.write(record(name, **fields))
+    done = call(tmp_path, "ps", "--all")
+    assert done.returncode == 0
+    assert "no Docker Engine answers" in done.stderr
+    assert done.stdout.splitlines()[8:] == [
+        "job-6: chief was killed",
+        "job-5 was killed",
+        "job-4: chief was killed",
+        "job-3 was killed",
+        "job-2: chief was killed",
+        "2 more failed: logs NAME, or ps --all --json, says why",
+    ]
+    assert len(json.loads(call(tmp_path, "ps", "--all", "--json").stdout)) == 7
+    assert call(tmp_path, "ps").returncode == 125
+
+
 @pytest.mark.parametrize("verb", ["ps", "stop", "wait", "logs", "exec", "gc"])
 def test_no_engine_is_said_and_no_traceback(tmp_path: Path, verb: str) -> None:
     done = call(tmp_path, verb)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tml.docker import records
+from tml.docker import records, terminal
 from tml.docker.connection import connect
 from tml.docker.errors import ENGINE_FAILED, LauncherError, NoEngineError
 from tml.docker.owner import Liveness, liveness, user_name
@@ -47,6 +47,8 @@ TIMED_OUT = 124
 """Exit status of `wait --timeout`, as that of timeout(1)."""
 LAUNCHER_DIED = "its launcher died"
 POLL_S = 0.05
+CAUSES_SHOWN = 5
+"""Below the table of ps, which more of them would push out of sight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +238,16 @@ def is_over(job: Job) -> bool:
 
 
 def ps(flags: argparse.Namespace, args: Sequence[str]) -> int:
-    """Show the jobs that run; with --all also those that have ended."""
-    client, _ = connect()
-    jobs = [job for job in find_all(client) if flags.all or job.exists or job.state == "lost"]
+    """Show the jobs that run; with --all also those that have ended, of which the records tell
+    without an engine, too.
+    """
+    if flags.all:
+        client, jobs = find_all_that_can_be()
+        if client is None:
+            terminal.say("tml: no Docker Engine answers: this is what was noted down of jobs")
+    else:
+        client, _ = connect()
+        jobs = [job for job in find_all(client) if job.exists or job.state == "lost"]
     if flags.json:
         print(json.dumps([_to_json(job) for job in jobs], indent=2))
     elif jobs:
@@ -432,8 +441,23 @@ def _print_table(jobs: Sequence[Job]) -> None:
         if job.state in ("orphaned", "lost"):
             remedy = "stop or gc removes it" if job.state == "orphaned" else "gc forgets it"
             console.print(f"{job.name}: {LAUNCHER_DIED}; {remedy}", style="red", markup=False)
-        elif job.record and job.record.cause:
-            console.print(f"{job.name}: {job.record.cause}", markup=False)
+    for line in _causes(jobs):
+        console.print(line, markup=False)
+
+
+def _causes(jobs: Sequence[Job]) -> list[str]:
+    """Why the newest of those that failed did."""
+    failed = [(job, job.record.cause) for job in jobs if job.record and job.record.cause]
+    told = [f for f in failed if f[0].state not in ("orphaned", "lost")]
+    told.sort(key=lambda f: f[0].started or 0, reverse=True)
+    lines = [
+        # That of a job of one container begins with its name.
+        cause if cause.startswith(f"{job.name} ") else f"{job.name}: {cause}"
+        for job, cause in told[:CAUSES_SHOWN]
+    ]
+    if num_more := len(told[CAUSES_SHOWN:]):
+        lines.append(f"{num_more} more failed: logs NAME, or ps --all --json, says why")
+    return lines
 
 
 def _count(job: Job) -> str:
