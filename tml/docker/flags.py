@@ -359,7 +359,7 @@ def _add_jobs(verbs: Verbs) -> None:
         verbs, "stop", "stop:stop", "stop a job: SIGTERM, the grace, SIGKILL", STOP_EXAMPLES
     )
     _job(stop)
-    stop.add_argument("--all", "-a", action="store_true", help="every job that runs")
+    stop.add_argument("--all", "-a", action="store_true", help="every job of yours that runs")
     stop.add_argument(
         "--stop-grace",
         type=int,
