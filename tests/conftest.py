@@ -6,6 +6,7 @@ TML_REQUIRE_DOCKER=1 they fail instead.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ STAND_IN = f"p{os.getpid()}/standin"
 """The project that launchers here run, called standin; its path is this process's own, so that test
 runs beside each other let one another's containers be.
 """
+# Under nohup SIGHUP is ignored, and so it would be by the launchers that tests end with it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LEFT_OUT = pytest.StashKey[list[str]]()
 NO_ENGINE = pytest.StashKey[str]()
 

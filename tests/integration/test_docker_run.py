@@ -192,9 +192,11 @@ def test_a_signal_at_any_early_moment_leaves_nothing(launcher: Any, client: Any)
         process = launcher.start("run", "standin")
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
-        # Before Python itself is up, a signal ends it as it ends any program.
-        assert process.returncode in (130, -signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        # Before Python itself is up, a signal ends it as it ends any program, or with 1 where it
+        # comes while the module site is imported.
+        starting = process.returncode == 1 and "Failed to import the site module" in err
+        assert process.returncode in (130, -signal.SIGINT) or starting, err
         assert containers(client) == []
 
 
