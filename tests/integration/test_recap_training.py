@@ -178,7 +178,7 @@ def variant(config: Path, path: Path, **changes: Any) -> Path:
 def test_a_run_ends_after_its_last_step_and_its_folder_explains_itself(unbroken: Path) -> None:
     assert checkpoint.complete_steps(unbroken) == [8, 16, 24]
     names = {path.name for path in unbroken.iterdir()} - {"8", "16", "24"}
-    assert names == {"metrics.jsonl", "metrics.json", "config.yaml", "evaluation"}
+    assert names == {"metrics.jsonl", "metrics.json", "config.yaml", "evaluation", ".lock"}
     steps = [record["step"] for record in records(unbroken) if record["kind"] == "train"]
     assert steps == [4, 8, 12, 16, 20, 24]
     result = json.loads((unbroken / "metrics.json").read_text())
