@@ -567,7 +567,8 @@ def test_an_earlier_job_of_the_same_name_is_still_told_of(jobs: Any) -> None:
     assert (newer["exit_code"], older["exit_code"]) == (7, 6)
     assert jobs("logs", name).stdout == "second\n"
     assert jobs("logs", older["run_id"]).stdout == "first\n"
-    assert jobs("ps", "--all").stdout.count(f"\n{name} ") == 2
+    rows = [line.split() for line in jobs("ps", "--all").stdout.splitlines()]
+    assert [row[2] for row in rows if row[0] == name and row[1] != "ended"] == ["ended"] * 2
 
 
 def test_following_goes_on_through_a_restart(jobs: Any) -> None:

@@ -48,12 +48,15 @@ def start(gang: Gang, endpoint: str, verb: Literal["run", "up"]) -> int:
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             _wait_until_running(told)
-            print(gang.job, flush=True)
+            # From here on the end of our terminal is not the job's.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
         except (KeyboardInterrupt, SystemExit):
             # It is in a session of its own, where our terminal's Ctrl-C does not reach it.
             with contextlib.suppress(OSError):
                 os.kill(supervisor, signal.SIGTERM)
             raise
+    print(gang.job, flush=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     python = "python -m tml.docker"
     logging.info("follow it: %s logs -f %s", python, gang.job)
     logging.info("wait for its end: %s wait %s; stop it: %s stop %s", *(python, gang.job) * 2)
