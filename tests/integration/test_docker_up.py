@@ -557,7 +557,8 @@ class Relay:
     def down(self) -> None:
         """Refuse, and cut every connection."""
         assert self.server is not None
-        self.server.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it may be down already
+            self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
         self.path.unlink(missing_ok=True)
         for end in self.connections:
@@ -603,6 +604,7 @@ def test_containers_that_outlive_a_break_are_followed_again(
     with relayed(launcher, tmp_path) as relay:
         process = launcher.start("up", "standin")
         all_ready(process)
+        time.sleep(1)  # They may speak before the engine has answered that they are started.
         relay.down()
         assert "lost the Docker Engine" in [process.stderr.readline() for _ in range(3)][-1]
         time.sleep(1)
@@ -622,11 +624,13 @@ def test_containers_that_ended_with_the_engine_are_a_failure_that_says_so(
     with relayed(launcher, tmp_path) as relay:
         process = launcher.start("up", "standin", "--max-restarts", "1")
         all_ready(process)
+        time.sleep(1)  # They may speak before the engine has answered that they are started.
         relay.down()
         for found in containers(client):
             client.stop(found["Id"], timeout=5)
         relay.up()
         all_ready(process)
+        time.sleep(1)  # They may speak before the engine has answered that they are started.
         relay.down()
         for found in containers(client):
             client.stop(found["Id"], timeout=5)
@@ -662,6 +666,7 @@ def test_an_engine_that_does_not_come_back_is_given_up_at_the_second_signal(
     with relayed(launcher, tmp_path) as relay:
         process = launcher.start("up", "standin")
         all_ready(process)
+        time.sleep(1)  # They may speak before the engine has answered that they are started.
         relay.down()
         assert "lost the Docker Engine" in [process.stderr.readline() for _ in range(3)][-1]
         for _ in range(2):
