@@ -30,17 +30,14 @@ BuildPolicy = Literal["when-needed", "always", "never"]
 
 def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Train a project in a container."""
-    checkout = environment.tml_base()
-    project = find_project(checkout, flags.project)
+    project = find_project(environment.tml_base(), flags.project)
     request = _request(flags, args)
     if flags.dry_run or flags.json:
         host = host_for_show(request)
         return _show(plans.plan_run(request, host, project, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_run(request, host, project, _run_id())
-    _need_gpus(plan, host)
-    prepare_mounts(plan, host)
-    _ensure_image(client, checkout, _variant(plan), flags.build)
+    _make_ready(client, [plan], host, flags.build)
     if plan.detach:
         # In the background it is a gang of one.
         return _detach(plans.gang_of_one(plan, _logs(request, plan, host, project)), host, "run")
@@ -53,18 +50,14 @@ def run(flags: argparse.Namespace, args: Sequence[str]) -> int:
 
 def up(flags: argparse.Namespace, args: Sequence[str]) -> int:
     """Train a project in several containers, as one job."""
-    checkout = environment.tml_base()
-    project = find_project(checkout, flags.project)
+    project = find_project(environment.tml_base(), flags.project)
     request = _request(flags, args)
     if flags.dry_run or flags.json:
         host = host_for_show(request)
         return _show_gang(plans.plan_up(request, host, project, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     gang = plans.plan_up(request, host, project, _run_id())
-    _need_gpus(gang.members[0], host)
-    for plan in gang.members:
-        prepare_mounts(plan, host)
-    _ensure_image(client, checkout, _variant(gang.members[0]), flags.build)
+    _make_ready(client, gang.members, host, flags.build)
     if gang.detach:
         return _detach(gang, host, "up")
     return _carry_out_gang(client, gang, host, timestamps=flags.timestamps)
@@ -78,9 +71,7 @@ def shell(flags: argparse.Namespace, args: Sequence[str]) -> int:
         return _show(plans.plan_shell(request, host, _run_id(), flags.dev), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_shell(request, host, _run_id(), flags.dev)
-    _need_gpus(plan, host)
-    prepare_mounts(plan, host)
-    _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
+    _make_ready(client, [plan], host, flags.build)
     return _carry_out(client, plan, pass_interrupt=True)
 
 
@@ -92,8 +83,7 @@ def test(flags: argparse.Namespace, args: Sequence[str]) -> int:
         return _show(plans.plan_test(request, host, _run_id()), host, flags.json)
     client, host = _client_and_host(request)
     plan = plans.plan_test(request, host, _run_id())
-    prepare_mounts(plan, host)
-    _ensure_image(client, environment.tml_base(), _variant(plan), flags.build)
+    _make_ready(client, [plan], host, flags.build)
     return _carry_out(client, plan)
 
 
@@ -128,6 +118,16 @@ def ping(flags: argparse.Namespace, args: Sequence[str]) -> int:
 
 
 # Between the verbs and the plan
+
+
+def _make_ready(
+    client: "APIClient", members: Sequence[Plan], host: Host, policy: BuildPolicy
+) -> None:
+    """What containers of one image need before they are made: GPUs, folders, the image."""
+    _need_gpus(members[0], host)
+    for plan in members:
+        prepare_mounts(plan, host)
+    _ensure_image(client, host.checkout, _variant(members[0]), policy)
 
 
 def _request(flags: argparse.Namespace, args: Sequence[str]) -> Request:
