@@ -784,8 +784,13 @@ def test_bash_on_a_terminal_has_keys_sizes_and_the_exit_status(jobs: Any, idle: 
     read_until("$ ") if os.getuid() else read_until("# ")
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
     time.sleep(0.3)
-    os.write(ours, b"stty size; sleep 60\n")
+    os.write(ours, b"stty size\n")
     read_until("33 99")
+    os.write(ours, b"sleep 60\n")
+    # Not before it runs: a Ctrl-C between two commands of bash reaches neither.
+    deadline = time.monotonic() + 20
+    while "sleep 60" not in processes(jobs):
+        assert time.monotonic() < deadline, seen
     os.write(ours, b"\x03")  # Ends sleep, not exec.
     os.write(ours, b"echo still-$((40+2)); exit 11\n")
     read_until("still-42")
