@@ -60,25 +60,7 @@ def shared_loss(
     return found
 
 
-def full_loss(
-    queries: Queries,
-    everyone: Entities,
-    target: Tensor,
-    weight: Tensor | None,
-    objective: Objective,
-) -> Tensor:
-    """Sum of the losses of queries (n, D) with all candidates (N, D), the true one at target (n,) →
-    scalar.
-    """
-    rest = (target, weight, objective)
-    found = _Full.apply(  # type: ignore[no-untyped-call]
-        queries.vectors, queries.extra, everyone.vectors, everyone.biases, rest
-    )
-    assert isinstance(found, Tensor)
-    return found
-
-
-class _Written(torch.autograd.Function):
+class Written(torch.autograd.Function):
     """Gradients are made going forward."""
 
     @staticmethod
@@ -88,7 +70,7 @@ class _Written(torch.autograd.Function):
         return tuple(one if one is None else one.mul_(above[0]) for one in gradients)
 
 
-class _Shared(_Written):
+class _Shared(Written):
     @staticmethod
     def forward(
         ctx: Any,
@@ -131,47 +113,6 @@ class _Shared(_Written):
                 None if true_bias is None else d_positive,
                 wide(torch.bmm(scores.transpose(1, 2), together)),
                 None if negative_bias is None else scores.sum(dim=1),
-                None,
-            )
-        return loss
-
-
-class _Full(_Written):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        extra: Tensor | None,
-        everyone: Tensor,
-        biases: Tensor | None,
-        rest: tuple[Tensor, Tensor | None, Objective],
-    ) -> Tensor:
-        target, weight, objective = rest
-        # Rounded once for all three products.
-        half = torch.is_autocast_enabled(queries.device.type)
-        q, c = (queries.bfloat16(), everyone.bfloat16()) if half else (queries, everyone)
-        scores = wide(q @ c.T)  # (n, N)
-        if biases is not None:
-            scores += biases
-        if extra is not None:
-            scores += extra.unsqueeze(1)
-        true = target.unsqueeze(1)
-        positive = scores.gather(1, true).squeeze(1)
-        scores.scatter_(1, true, -torch.inf)
-        if objective.temperature is None:
-            loss, d_positive = _logistic(positive, scores, None, weight, objective.counts_positive)
-        else:
-            t = objective.temperature
-            loss, d_positive = _softmax(positive, scores, None, None, weight, t)
-        scores.scatter_(1, true, d_positive.unsqueeze(1))
-        ctx.gradients = None
-        if any(ctx.needs_input_grad):
-            d = scores.bfloat16() if half else scores
-            ctx.gradients = (
-                wide(d @ c),
-                None if extra is None else scores.sum(dim=1),
-                wide(d.T @ q),
-                None if biases is None else scores.sum(dim=0),
                 None,
             )
         return loss

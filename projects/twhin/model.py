@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projects.twhin import gradients
+from projects.twhin import gradients, one_vs_all
 from projects.twhin.config import BIAS, DataConfig, LossConfig, ModelConfig
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
@@ -397,12 +397,24 @@ def written_loss(
             group.rhs_log_counts,
         ),
     ):
+        if everyone is not None:
+            asking_ids = group.rhs if side == "lhs" else group.lhs
+            questions = one_vs_all.distinct(asking_ids, group.relation)
+            first = questions.first
+            queries = scoring.queries(side, asking.rows(first), group.relation[first])
+            answers = one_vs_all.sort_answers(questions, true_ids, weight)
+            candidates = everyone[0] if side == "lhs" else everyone[1]
+            share = 1.0 if side == "rhs" or scoring.reciprocal else 0.0
+            total = total + one_vs_all.full_loss(
+                scoring.comparator,
+                queries,
+                candidates,
+                answers,
+                one_vs_all.Objective(temperature, share),
+            )
+            continue
         queries = scoring.queries(side, asking, group.relation)
         objective = gradients.Objective(temperature, side == "rhs" or scoring.reciprocal)
-        if everyone is not None:
-            candidates = everyone[0] if side == "lhs" else everyone[1]
-            total = total + gradients.full_loss(queries, candidates, true_ids, weight, objective)
-            continue
         shared, masked, counts = _shared(true_ids, negatives, ids, log_counts, data.chunk_size)
         total = total + gradients.shared_loss(
             queries, true, shared, masked, counts, weight, objective, data.chunk_size

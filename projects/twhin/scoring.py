@@ -36,6 +36,11 @@ class Entities:
     vectors: Tensor  # (…, D)
     biases: Tensor | None = None  # (…)
 
+    def rows(self, chosen: Tensor) -> "Entities":
+        """Those at `chosen` (n,), no one twice."""
+        biases = None if self.biases is None else self.biases.index_select(0, chosen)
+        return Entities(self.vectors.index_select(0, chosen), biases)
+
     def chunks(self, size: int) -> "Entities":
         """(n, …) → (⌈n / size⌉, size, …), the last chunk padded."""
         biases = None if self.biases is None else chunked(self.biases, size)
