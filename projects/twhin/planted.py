@@ -32,7 +32,7 @@ from tml.data.folders import FolderBusyError, new_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from projects.twhin.evaluate import Edges, Side
+    from projects.twhin.edges import Edges, Side
     from projects.twhin.prepare import Graph
 
 PLANTED = "planted.json"
@@ -245,20 +245,21 @@ def measure(graph: "Graph", truth: Truth) -> dict[str, Any]:
     """Link prediction on test by the truth ("optimum") and by training degree alone ("popularity"),
     as reports.
     """
-    from projects.twhin import evaluate
+    from projects.twhin.edges import Edges, join
+    from projects.twhin.link_prediction import link_prediction, link_prediction_report
 
     splits = {
-        name: evaluate.Edges(columns["lhs"], columns["rel"], columns["rhs"])
+        name: Edges(columns["lhs"], columns["rel"], columns["rhs"])
         for name, columns in graph.splits.items()
     }
-    known = evaluate.join(list(splits.values()))
+    known = join(list(splits.values()))
     reports = {}
     for name, scorer in (
         ("optimum", _TruthScorer(graph, truth)),
         ("popularity", _DegreeScorer(graph, splits["train"])),
     ):
-        sums = evaluate.link_prediction(scorer, graph.relations, splits["test"], known)
-        reports[name] = evaluate.link_prediction_report(graph.relations, sums)
+        sums = link_prediction(scorer, graph.relations, splits["test"], known)
+        reports[name] = link_prediction_report(graph.relations, sums)
     return reports
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from projects.twhin import dataset_worker, evaluate, export, planted
+from projects.twhin import dataset_worker, evaluator, export, planted
+from projects.twhin.best import forget_marks
 from projects.twhin.config import DataConfig, TwhinConfig
 from projects.twhin.data import (
     COLUMNS,
@@ -33,12 +34,15 @@ from projects.twhin.data import (
     read_batches,
 )
 from projects.twhin.dataset_worker import training_reader
+from projects.twhin.evaluate import evaluate_split
 from projects.twhin.model import (
     TwhinModel,
     build_relation_optimizer,
     seed_dropout,
     table_specs,
 )
+from projects.twhin.ranking import Report
+from projects.twhin.report import render
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.parquet import DataError, ParquetRows, Position
@@ -125,7 +129,7 @@ def run(
             _initialise(config, tables.fill, state)
         log.rewind(progress.step)
         if job.is_chief:
-            evaluate.forget_marks(save_dir, progress.step)
+            forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
         total_steps = progress.step + reader.steps_from(position)
         if config.training.num_train_steps is not None:
@@ -197,11 +201,11 @@ def run(
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
             log.say(f"vectors: {save_dir / VECTORS}: {', '.join(path.name for path in paths)}")
         split = "test" if config.test_data else "validation"
-        report: evaluate.Report = {}
+        report: Report = {}
         if evaluates and (config.test_data or config.validation_data):
-            report = evaluate.evaluate_split(config, split, vectors, job)
+            report = evaluate_split(config, split, vectors, job)
             if job.is_chief:
-                log.console.print(evaluate.render(report))
+                log.console.print(render(report))
                 log.write("metrics", {"step": progress.step, **report})
         if job.is_chief:
             # Also without a report: it says that the run is finished.
@@ -336,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if save_dir is None:
             raise ConfigError("no run folder: give --save_dir or set training.save_dir")
         if role == "evaluator":
-            return evaluate.follow(config, Path(save_dir), once=arguments.once)
+            return evaluator.follow(config, Path(save_dir), once=arguments.once)
         return run(
             config,
             Path(save_dir),

@@ -11,9 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from projects.twhin import evaluate
+from projects.twhin import ranking
 from projects.twhin.config import RelationConfig
-from projects.twhin.evaluate import Edges, Side
+from projects.twhin.edges import Edges, Side, count_unseen, join, of_relations, spread
+from projects.twhin.link_prediction import link_prediction, link_prediction_report
+from projects.twhin.ranking import Report
+from projects.twhin.report import render
+from projects.twhin.retrieval import retrieval, retrieval_report
 
 
 @dataclass(frozen=True)
@@ -64,27 +68,27 @@ def test_both_sides_by_hand() -> None:
     test = edges((0, 0, 1))
     # Tails of head 0: .9 and .7 are better, one other is equal: 1 + 2 + 1/2. Heads of tail 1: .8
     # and .6 are better.
-    sums = evaluate.link_prediction(TableScorer(SCORES), names(1), test, test)
+    sums = link_prediction(TableScorer(SCORES), names(1), test, test)
     assert sums[0, 0].tolist() == pytest.approx([1, 1 / 3, 3, 0, 1, 1])
     assert sums[0, 1].tolist() == pytest.approx([1, 1 / 3.5, 3.5, 0, 0, 1])
 
 
 def test_true_edges_of_other_splits_do_not_compete() -> None:
     test, known = edges((0, 0, 1)), edges((0, 0, 0), (1, 0, 1), (0, 0, 1))
-    sums = evaluate.link_prediction(TableScorer(SCORES), names(1), test, known)
+    sums = link_prediction(TableScorer(SCORES), names(1), test, known)
     assert sums[0, 0, 2] == 2  # head 1 is known
     assert sums[0, 1, 2] == 2.5  # tail 0 is known
 
 
 def test_true_edges_of_other_relations_do_compete() -> None:
     test, known = edges((0, 1, 1)), edges((0, 0, 0), (1, 0, 1), (0, 1, 1))
-    sums = evaluate.link_prediction(TableScorer(SCORES, SCORES), names(2), test, known)
+    sums = link_prediction(TableScorer(SCORES, SCORES), names(2), test, known)
     assert sums[0].sum() == 0
     assert (sums[1, 0, 2], sums[1, 1, 2]) == (3, 3.5)
 
 
 def test_edges_that_are_not_among_the_known_are_no_competitors_of_themselves() -> None:
-    sums = evaluate.link_prediction(TableScorer(SCORES), names(1), edges((0, 0, 1)), edges())
+    sums = link_prediction(TableScorer(SCORES), names(1), edges((0, 0, 1)), edges())
     assert sums[0, 1, 2] == 3.5
 
 
@@ -108,17 +112,17 @@ def by_loop(
 def test_report_equals_a_loop_over_all_edges(
     block_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", block_scores)
     random = torch.Generator().manual_seed(1)
     matrices = [
         torch.randint(0, 9, (12, 17), generator=random).float(),
         torch.randint(0, 9, (12, 17), generator=random).float(),
     ]
     test, train = random_edges(60, 12, 2, 17, seed=1), random_edges(80, 12, 2, 17, seed=2)
-    known = evaluate.join([train, test])
+    known = join([train, test])
     scorer = TableScorer(*matrices)
-    sums = evaluate.link_prediction(scorer, names(2), test, known)
-    report = evaluate.link_prediction_report(names(2), sums)
+    sums = link_prediction(scorer, names(2), test, known)
+    report = link_prediction_report(names(2), sums)
     expected = by_loop(matrices, test, known)
     for (relation, side), ranks in expected.items():
         found = report["relations"][f"r{relation}"][side]
@@ -136,36 +140,34 @@ def test_shares_of_several_processes_add_up_to_the_whole() -> None:
     matrix = torch.rand(12, 17, generator=torch.Generator().manual_seed(2))
     test, train = random_edges(50, 12, 1, 17, seed=3), random_edges(80, 12, 1, 17, seed=4)
     scorer = TableScorer(matrix)
-    whole = evaluate.link_prediction(scorer, names(1), test, train)
-    shares = [evaluate.link_prediction(scorer, names(1), test, train, (i, 3)) for i in range(3)]
+    whole = link_prediction(scorer, names(1), test, train)
+    shares = [link_prediction(scorer, names(1), test, train, (i, 3)) for i in range(3)]
     assert [share[0, 0, 0] for share in shares] == [17, 17, 16]
     assert sum(shares) == pytest.approx(whole)
-    whole = evaluate.retrieval(scorer, names(1), test, train, [5])
-    shares = [evaluate.retrieval(scorer, names(1), test, train, [5], (i, 3)) for i in range(3)]
+    whole = retrieval(scorer, names(1), test, train, [5])
+    shares = [retrieval(scorer, names(1), test, train, [5], (i, 3)) for i in range(3)]
     assert sum(shares) == pytest.approx(whole)
 
 
 def test_more_processes_than_edges() -> None:
     test = edges((0, 0, 1))
-    sums = evaluate.link_prediction(TableScorer(SCORES), names(1), test, test, shard=(5, 8))
+    sums = link_prediction(TableScorer(SCORES), names(1), test, test, shard=(5, 8))
     assert not sums.any()
-    assert evaluate.link_prediction_report(names(1), sums)["mean"] == {}
+    assert link_prediction_report(names(1), sums)["mean"] == {}
 
 
 def test_broken_vectors_are_an_error() -> None:
     matrix = SCORES.clone()
     matrix[0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        evaluate.link_prediction(TableScorer(matrix), names(1), edges((0, 0, 1)), edges())
+        link_prediction(TableScorer(matrix), names(1), edges((0, 0, 1)), edges())
     with pytest.raises(ValueError, match="NaN"):
-        evaluate.retrieval(TableScorer(matrix), names(1), edges((0, 0, 1)), edges((0, 0, 0)), [1])
+        retrieval(TableScorer(matrix), names(1), edges((0, 0, 1)), edges((0, 0, 0)), [1])
 
 
 def test_a_relation_that_the_config_lacks_is_an_error() -> None:
     with pytest.raises(ValueError, match="relations 0 to 3; the config has 1"):
-        evaluate.link_prediction(
-            TableScorer(SCORES), names(1), edges((0, 0, 1), (0, 3, 1)), edges()
-        )
+        link_prediction(TableScorer(SCORES), names(1), edges((0, 0, 1), (0, 3, 1)), edges())
 
 
 # Retrieval
@@ -176,8 +178,8 @@ def test_retrieval_by_hand() -> None:
     # User 1 wants 3, is given 1. User 2 has nothing to find.
     matrix = torch.tensor([[0.9, 0.5, 0.7, 0.6], [0.1, 0.8, 0.2, 0.3], [0.3, 0.6, 0.4, 0.5]])
     test, train = edges((0, 0, 2), (0, 0, 3), (1, 0, 3)), edges((0, 0, 0), (2, 0, 1))
-    sums = evaluate.retrieval(TableScorer(matrix), names(1), test, train, [1, 2])
-    report = evaluate.retrieval_report(names(1), sums, [1, 2])
+    sums = retrieval(TableScorer(matrix), names(1), test, train, [1, 2])
+    report = retrieval_report(names(1), sums, [1, 2])
     second = 1 / math.log2(3)
     assert report["users"] == 2
     assert report["relations"]["r0"] == pytest.approx(
@@ -195,19 +197,19 @@ def test_retrieval_by_hand() -> None:
 
 def test_test_edges_that_are_training_edges_are_not_asked_for() -> None:
     test, train = edges((0, 0, 0), (0, 0, 2), (1, 0, 1)), edges((0, 0, 0), (1, 0, 1))
-    sums = evaluate.retrieval(TableScorer(SCORES), names(1), test, train, [1])
+    sums = retrieval(TableScorer(SCORES), names(1), test, train, [1])
     assert sums[0].tolist() == [1, 1, 1, 1]
 
 
 def test_a_test_edge_given_twice_counts_once() -> None:
     test = edges((0, 0, 2), (0, 0, 2), (0, 0, 1))
-    sums = evaluate.retrieval(TableScorer(SCORES), names(1), test, edges((0, 0, 0)), [1])
+    sums = retrieval(TableScorer(SCORES), names(1), test, edges((0, 0, 0)), [1])
     assert sums[0, 1] == 1 / 2
 
 
 def test_training_edges_of_other_relations_are_not_left_out() -> None:
     test, train = edges((0, 1, 2)), edges((0, 0, 0))
-    sums = evaluate.retrieval(TableScorer(SCORES, SCORES), names(2), test, train, [1])
+    sums = retrieval(TableScorer(SCORES, SCORES), names(2), test, train, [1])
     assert sums[1].tolist() == [1, 0, 0, 0]
 
 
@@ -215,10 +217,10 @@ def test_training_edges_of_other_relations_are_not_left_out() -> None:
 def test_retrieval_equals_a_loop_over_all_users(
     block_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", block_scores)
     matrix = torch.rand(20, 30, generator=torch.Generator().manual_seed(5))
     test, train = random_edges(60, 20, 1, 30, seed=5), random_edges(150, 20, 1, 30, seed=6)
-    sums = evaluate.retrieval(TableScorer(matrix), names(1), test, train, [4])
+    sums = retrieval(TableScorer(matrix), names(1), test, train, [4])
     recalls, ndcgs = [], []
     for user in range(20):
         seen = set(train.rhs[train.lhs == user])
@@ -239,14 +241,14 @@ def test_retrieval_equals_a_loop_over_all_users(
 
 def test_spread_takes_edges_from_everywhere() -> None:
     all_edges = edges(*((i, 0, i) for i in range(10)))
-    assert evaluate.spread(all_edges, 4).lhs.tolist() == [0, 2, 5, 7]
-    assert evaluate.spread(all_edges, 10) is all_edges
-    assert evaluate.spread(all_edges, None) is all_edges
+    assert spread(all_edges, 4).lhs.tolist() == [0, 2, 5, 7]
+    assert spread(all_edges, 10) is all_edges
+    assert spread(all_edges, None) is all_edges
 
 
 def test_of_relations_keeps_the_order() -> None:
     all_edges = edges((0, 2, 0), (1, 0, 0), (2, 1, 0), (3, 2, 0))
-    assert evaluate.of_relations(all_edges, [2, 1]).lhs.tolist() == [0, 2, 3]
+    assert of_relations(all_edges, [2, 1]).lhs.tolist() == [0, 2, 3]
 
 
 def test_edges_with_an_entity_unseen_in_training_are_counted() -> None:
@@ -257,15 +259,15 @@ def test_edges_with_an_entity_unseen_in_training_are_counted() -> None:
     training = edges((0, 0, 0), (1, 1, 2))
     # User 2 is known from the right side of follow, video 1 from nowhere, user 3 from nowhere.
     asked = edges((2, 0, 0), (0, 0, 1), (3, 1, 3), (1, 1, 0))
-    assert evaluate.count_unseen(asked, training, relations) == 2
-    assert evaluate.count_unseen(edges(), training, relations) == 0
-    assert evaluate.count_unseen(asked, edges(), relations) == 4
+    assert count_unseen(asked, training, relations) == 2
+    assert count_unseen(edges(), training, relations) == 0
+    assert count_unseen(asked, edges(), relations) == 4
 
 
-def shown(report: evaluate.Report) -> str:
+def shown(report: Report) -> str:
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(evaluate.render(report))
+        console.print(render(report))
     return capture.get()
 
 
@@ -273,10 +275,10 @@ def test_tables_fit_into_80_columns_and_cap_the_relations() -> None:
     relations = [Named(f"/people/person/{'x' * 40}/r{i}") for i in range(40)]
     test = random_edges(4000, 12, 40, 17, seed=1)
     scorer = TableScorer(*(torch.rand(12, 17) for _ in relations))
-    sums = evaluate.link_prediction(scorer, relations, test, test)
-    report = {"link_prediction": evaluate.link_prediction_report(relations, sums)}
-    sums = evaluate.retrieval(scorer, relations, test, edges(), [1, 5])
-    report["retrieval"] = evaluate.retrieval_report(relations, sums, [1, 5])
+    sums = link_prediction(scorer, relations, test, test)
+    report = {"link_prediction": link_prediction_report(relations, sums)}
+    sums = retrieval(scorer, relations, test, edges(), [1, 5])
+    report["retrieval"] = retrieval_report(relations, sums, [1, 5])
     assert json.loads(json.dumps(report)) == report
     text = shown(report)
     assert f"{4000:,}" in text
@@ -290,8 +292,8 @@ def test_tables_fit_into_80_columns_and_cap_the_relations() -> None:
 
 def test_the_optimum_of_a_planted_graph_stands_beside_the_model() -> None:
     test = edges((0, 0, 1))
-    sums = evaluate.link_prediction(TableScorer(SCORES), names(1), test, test)
-    report = evaluate.link_prediction_report(names(1), sums)
+    sums = link_prediction(TableScorer(SCORES), names(1), test, test)
+    report = link_prediction_report(names(1), sums)
     best = json.loads(json.dumps(report))
     best["mean"]["mrr"] = 2 * report["mean"]["mrr"]
     text = shown({"link_prediction": report, "planted": best})

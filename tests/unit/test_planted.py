@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from projects.twhin import evaluate, planted
+from projects.twhin import planted
 from projects.twhin.config import TwhinConfig
+from projects.twhin.edges import Edges, join
+from projects.twhin.link_prediction import link_prediction
 from projects.twhin.planted import PlantedConfig
 from tml.config import ConfigError, load_config
 
@@ -169,12 +171,10 @@ def test_the_optimum_ranks_an_edge_where_its_probability_stands(folder: Path) ->
     }
     better = [t for t in range(200) if probabilities[lhs, t] > probabilities[lhs, rhs]]
     rank = 1 + sum((lhs, t) not in known for t in better)
-    one = evaluate.Edges(*(np.array([value]) for value in (lhs, rel, rhs)))
-    everything = evaluate.join(
-        [evaluate.Edges(c["lhs"], c["rel"], c["rhs"]) for c in graph.splits.values()]
-    )
+    one = Edges(*(np.array([value]) for value in (lhs, rel, rhs)))
+    everything = join([Edges(c["lhs"], c["rel"], c["rhs"]) for c in graph.splits.values()])
     scorer = planted._TruthScorer(graph, truth)
-    sums = evaluate.link_prediction(scorer, graph.relations, one, everything)
+    sums = link_prediction(scorer, graph.relations, one, everything)
     assert sums[rel, 1, 2] == rank
 
 

@@ -1,0 +1,90 @@
+"""Reports of an evaluation as tables for a terminal of 80 columns."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from projects.twhin.link_prediction import HITS
+from projects.twhin.ranking import Report
+
+MAX_ROWS_SHOWN = 12  # relations in a terminal's table; a report has all of them
+MAX_NAME_SHOWN = 24  # characters of a relation there
+
+
+def render(report: Report) -> RenderableType:
+    """Tables of {"link_prediction": …, "retrieval": …}; either may be missing.
+
+    report["planted"], where there is one, is the optimum that a planted graph's generator computed,
+    of the shape of a link-prediction report; it is shown beside the model's MRR.
+    """
+    tables: list[RenderableType] = []
+    if "link_prediction" in report:
+        tables.append(_link_table(report["link_prediction"], report.get("planted")))
+    if "retrieval" in report:
+        tables.append(_retrieval_table(report["retrieval"]))
+    return Group(*tables)
+
+
+def _link_table(report: Report, optimum: Report | None) -> Table:
+    headings = ["edges", "MRR", "heads", "tails", "MR", *(f"H@{k}" for k in HITS)]
+    table = _table("link prediction", report, headings + ["best", "ratio"] * bool(optimum))
+    for name, row in _shown_rows(report):
+        cells = [f"{row['edges']:,}"]
+        if row["mean"]:
+            cells += [_short(row[side]["mrr"]) for side in ("mean", "lhs", "rhs")]
+            cells += [f"{row['mean']['mr']:.0f}"]
+            cells += [_short(row["mean"][f"hits@{k}"]) for k in HITS]
+        best = _row_of(optimum, name)
+        if row["mean"] and best:
+            best_mrr = best["mean"]["mrr"]
+            cells += [_short(best_mrr), f"{row['mean']['mrr'] / best_mrr:.1%}"]
+        table.add_row(_shown_name(name), *cells, end_section=name == "all")
+    return table
+
+
+def _retrieval_table(report: Report) -> Table:
+    table = _table("retrieval", report, ["users", "K", "Recall@K", "NDCG@K", "Hit@K"])
+    for name, row in _shown_rows(report):
+        values = row["mean"] if name == "all" else row
+        cuts = [metric.partition("@")[2] for metric in values if metric.startswith("recall@")]
+        for cut in cuts:
+            cells = [_short(values[f"{metric}@{cut}"]) for metric in ("recall", "ndcg", "hit")]
+            named = [_shown_name(name), f"{row['users']:,}"] if cut == cuts[0] else ["", ""]
+            table.add_row(*named, cut, *cells, end_section=name == "all" and cut == cuts[-1])
+    return table
+
+
+def _table(title: str, report: Report, headings: Sequence[str]) -> Table:
+    """A table that fits into 80 columns."""
+    hidden = len(report["relations"]) - MAX_ROWS_SHOWN
+    note = f"\n… {hidden} more relations in metrics.json" if hidden > 0 else ""
+    caption = report["protocol"] + note
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
+    table.add_column("relation", min_width=8, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _shown_name(name: str) -> str:
+    """The name, or the end of a long one: it tells more than the beginning."""
+    return name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
+
+
+def _short(value: float) -> str:
+    """Four decimals, without the zero in front: .1806."""
+    return f"{value:.4f}".removeprefix("0")
+
+
+def _shown_rows(report: Report) -> Iterator[tuple[str, Report]]:
+    yield "all", report
+    yield from list(report["relations"].items())[:MAX_ROWS_SHOWN]
+
+
+def _row_of(report: Report | None, name: str) -> Report | None:
+    if report is None:
+        return None
+    return report if name == "all" else report["relations"].get(name)
