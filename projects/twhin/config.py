@@ -13,6 +13,7 @@ from pydantic import model_validator as validator
 from projects.twhin.comparators import Comparator
 from projects.twhin.operators import Operator
 from projects.twhin.planted import PlantedConfig
+from projects.twhin.scoring import moves_to_the_query
 from tml import train
 from tml.config import Config
 from tml.optimizers import OptimizerConfig
@@ -25,12 +26,17 @@ times over.
 """
 
 
+Side = Literal["lhs", "rhs"]
+SIDES: tuple[Side, ...] = ("lhs", "rhs")
+
+
 class RuntimeConfig(Config):
     """How the program runs."""
 
-    enable_amp: bool = False
+    enable_amp: bool | Literal["auto"] = False
     """Score products in bfloat16 (autocast); no gradient scaler, bfloat16 has the range of
-    float32.
+    float32. auto: where the machine multiplies faster in it, a GPU or a processor with AMX tiles;
+    others do so at half the speed.
     """
     enable_tensorfloat32: bool = False
     """TensorFloat-32 products on NVIDIA GPUs."""
@@ -244,6 +250,16 @@ class ModelConfig(Config):
             raise ValueError("translation_optimizer: rowwise_adagrad is for tables; use adagrad")
         return self
 
+    def scores_questions_once(self, asks: str) -> bool:
+        """Whether 1-vs-all is computed by `one_vs_all`, with distinct questions scored once."""
+        logistic = self.loss.logistic
+        known = self.loss.softmax is not None or (
+            logistic is not None and logistic.negatives == "sum"
+        )
+        operators = [relation.operator for relation in self.relations]
+        by_product = self.reciprocal or moves_to_the_query(self.comparator, operators)
+        return known and (by_product or asks == "rhs")
+
     def _check_operators(self) -> None:
         dim = self.embeddings.tables[0].embedding_dim
         for index, relation in enumerate(self.relations):
@@ -275,12 +291,38 @@ class DataConfig(Config):
     """Compare each edge with all rows of the side's table (1-vs-all) in place of drawn negatives;
     for tables of some ten thousand rows, in one process.
     """
+    asks: Literal["both", "lhs", "rhs"] = "both"
+    """The side of an edge that is asked for and has negatives. rhs: tails alone, what recommenders
+    want; lhs: heads alone.
+    """
+    grouped: bool = False
+    """With all_negatives: edges that ask the same question, by (lhs, rel) or (rhs, rel), come
+    together in one batch, and are compared with all rows once. A pass over the edges asks for one
+    side, rhs in even passes and lhs in odd ones, from 0 on, or always the one of `asks`.
+    """
     limit: PositiveInt | None = None
     """Edges read at most, after the offset. Unset: all."""
     offset: NonNegativeInt = 0
     """Edges left out at the start of the files in their order."""
     shuffle_rows: PositiveInt = 1 << 20
     """Edges held in memory and mixed; row groups are put in random order before."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.grouped and not self.all_negatives:
+            raise ValueError(
+                "grouped: it saves products with all rows of a table; set all_negatives, or leave "
+                "it out"
+            )
+        return self
+
+    def sides(self, epoch: int) -> tuple[Side, ...]:
+        """The sides that are asked for in a pass, the first being 0."""
+        if self.asks != "both":
+            return (self.asks,)
+        if self.grouped:
+            return ("lhs",) if epoch % 2 else ("rhs",)
+        return SIDES
 
 
 class RetrievalConfig(Config):
@@ -305,6 +347,43 @@ class EvaluationConfig(Config):
     """Edges ranked at most, spread evenly over the data; said in the report. Unset: all."""
 
 
+class WarmStartConfig(Config):
+    """An earlier run whose vectors a new run starts from, though its vocabulary may differ: rows
+    are matched by entity through the vocabularies of both, relations by name.
+    """
+
+    previous: str
+    """Run folder (its newest step), step folder, or folder of exported vectors. It is read at the
+    start of a run alone; one that is taken up again needs it no more.
+    """
+    tables: list[str] | None = Field(default=None, min_length=1)
+    """Tables that start so. Unset: all that both have."""
+    new_rows: Literal["random", "neighbors"] = "random"
+    """How rows of new entities start. random: as in a cold start; neighbors: in the direction in
+    which their training edges with known entities ask for them, as long as the known rows are on
+    average; random for those without such an edge.
+    """
+    pull: NonNegativeFloat = 0.0
+    """λ of λ ‖θ − θ_previous‖², added to each edge's loss for those of its two entities that have a
+    previous vector; with reciprocal relations once for each direction.
+    """
+    freeze: bool = False
+    """Keep the rows of matched entities as they are, so that only new rows and relations learn."""
+    optimizer_state: bool = False
+    """Carry over the accumulators of Adagrad, of matched rows and relations: such rows take up
+    training at the step size at which they left it.
+    """
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.freeze and (self.pull or self.optimizer_state):
+            raise ValueError(
+                "freeze: rows that stay as they are need neither pull nor optimizer_state; leave "
+                "those out"
+            )
+        return self
+
+
 class TwhinConfig(Config):
     """The whole of a TwHIN run."""
 
@@ -315,6 +394,8 @@ class TwhinConfig(Config):
     validation_data: DataConfig | None = None
     test_data: DataConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
+    warm_start: WarmStartConfig | None = None
+    """Start from the vectors of an earlier run, matched by entity. Unset: from random ones."""
     planted: PlantedConfig | None = None
     """A graph that is generated where its folder is missing, so that the program runs without
     data.
@@ -328,6 +409,7 @@ class TwhinConfig(Config):
                 raise ValueError(
                     f"evaluation.relations: unknown relation {name!r}; there are {', '.join(known)}"
                 )
+        self._check_warm_start()
         data = self.train_data
         sampled = bool(data.global_negatives or data.in_batch_negatives)
         if not sampled and not data.all_negatives:
@@ -339,6 +421,7 @@ class TwhinConfig(Config):
                 self._check_all_negatives(where, one)
                 if not data.all_negatives:
                     raise ValueError(f"{where}.all_negatives: train_data must have it too")
+        self._check_grouped()
         softmax = self.model.loss.softmax
         corrects = softmax is not None and softmax.log_q
         for where, one in (("train_data", data), ("validation_data", self.validation_data)):
@@ -360,12 +443,60 @@ class TwhinConfig(Config):
             )
         return self
 
+    def _check_grouped(self) -> None:
+        if self.validation_data is not None and self.validation_data.grouped:
+            raise ValueError(
+                "validation_data.grouped: it is for passes of training, a validation asks for the "
+                "sides at once; leave it out"
+            )
+        data = self.train_data
+        if not data.grouped:
+            return
+        if data.asks == "both" and self.training.num_epochs % 2:
+            number = self.training.num_epochs
+            raise ValueError(
+                "training.num_epochs: with train_data.grouped a pass asks for one side, and "
+                f"{number} would ask for tails once more than for heads; make it {number + 1} (two "
+                "passes are one epoch of both sides), or set train_data.asks to one side"
+            )
+        if not self.model.scores_questions_once(data.asks):
+            raise ValueError(
+                "train_data.grouped: a question is scored once with the losses softmax and "
+                "logistic (negatives: sum), where no candidate goes through a relation's operator; "
+                "change the loss, set model.reciprocal to true or model.comparator to dot, or "
+                "leave grouped out"
+            )
+
+    def _check_warm_start(self) -> None:
+        if self.warm_start is None:
+            return
+        if self.training.initial_checkpoint_dir is not None:
+            raise ValueError(
+                "warm_start: training.initial_checkpoint_dir says another start, with rows matched "
+                "by number; leave one of them out"
+            )
+        tables = {table.name: table for table in self.model.embeddings.tables}
+        for name in self.warm_start.tables or ():
+            if name not in tables:
+                raise ValueError(
+                    f"warm_start.tables: unknown table {name!r}; there are {', '.join(tables)}"
+                )
+        for index, table in enumerate(self.model.embeddings.tables):
+            chosen = self.warm_start.tables is None or table.name in self.warm_start.tables
+            if chosen and table.pretrained is not None:
+                raise ValueError(
+                    f"model.embeddings.tables.{index}.pretrained: table {table.name!r} starts from "
+                    "warm_start; leave one of them out, or name the others in warm_start.tables"
+                )
+
     def _check_all_negatives(self, where: str, data: DataConfig) -> None:
         if data.global_negatives or data.in_batch_negatives:
             raise ValueError(
                 f"{where}: all_negatives takes the place of drawn negatives; "
                 "set global_negatives and in_batch_negatives to 0"
             )
+        if data.grouped:  # scores are made for a block of questions at a time
+            return
         table = max(self.model.embeddings.tables, key=lambda table: table.num_embeddings)
         edges = data.per_replica_batch_size * (self.training.gradient_accumulation or 1)
         if (scores := edges * table.num_embeddings) > MAX_SCORES:

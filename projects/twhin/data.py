@@ -9,6 +9,7 @@ negatives are looked up in one go per table.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from projects.twhin.config import DataConfig, ModelConfig
+from projects.twhin.config import SIDES, DataConfig, ModelConfig, Side
 from projects.twhin.negatives import NegativeSampler
 from tml.data.parquet import Columns, DataError, ParquetRows, Position, Reader, ShuffledReader
 from tml.distributed import Job
@@ -73,10 +74,13 @@ class EdgeBatch:
     groups: tuple[Group, ...]
     num_edges_all: int
     """Edges of this step over all processes: what the loss is divided by."""
+    sides: tuple[Side, ...] = SIDES
+    """Those that are asked for."""
 
     def to(self, device: torch.device) -> Self:
         """The batch on `device`."""
-        return type(self)(tuple(group.to(device) for group in self.groups), self.num_edges_all)
+        groups = tuple(group.to(device) for group in self.groups)
+        return dataclasses.replace(self, groups=groups)
 
     def ids(self, tables: Sequence[str]) -> dict[str, Tensor]:
         """Table → ids of all groups' lookups, one behind the other; empty for a table that the
@@ -172,7 +176,16 @@ def build_reader(
         job.world_size,
         config.shuffle_rows,
         layout.check,
+        group_by=partial(_questions, layout, config) if config.grouped else None,
     )
+
+
+def _questions(layout: EdgeLayout, config: DataConfig, columns: Columns, epoch: int) -> Ints:
+    """A key of each edge's question in `epoch`: the relation and the entity that asks."""
+    (side,) = config.sides(epoch)
+    asking = columns["lhs" if side == "rhs" else "rhs"]
+    keys: Ints = asking * len(layout.relations) + columns["rel"]
+    return keys
 
 
 def read_batches(
@@ -189,7 +202,9 @@ def read_batches(
     """
     for step, read in enumerate(reader.batches(position), start=first_step):
         generator = np.random.default_rng([seed, step, job.rank])
-        yield to_batch(read.columns, layout, config, generator, read.num_rows_all), read.after
+        rows_all = read.num_rows_all
+        batch = to_batch(read.columns, layout, config, generator, rows_all, read.epoch)
+        yield batch, read.after
 
 
 def to_batch(
@@ -198,11 +213,13 @@ def to_batch(
     config: DataConfig,
     generator: np.random.Generator,
     num_edges_all: int,
+    epoch: int = 0,
 ) -> EdgeBatch:
     """Arrays lhs, rel, rhs of (n,) → groups by pair of tables, with drawn negatives for each side
     and chunk. Relations of a sampling rate below 1 lose edges first.
     """
     columns = _sample(columns, layout, generator)
+    sides = config.sides(epoch)
     relation = columns["rel"]
     order = np.lexsort((relation, layout.pair_of[relation]))
     lhs, relation, rhs = columns["lhs"][order], relation[order], columns["rhs"][order]
@@ -212,9 +229,11 @@ def to_batch(
         start, stop = np.searchsorted(pair, [number, number + 1])
         lhs_table, rhs_table = layout.pairs[number]
         chunks = -(-(stop - start) // config.chunk_size)
-        shape = (chunks, config.global_negatives)
         samplers = [layout.sampler(int(number), side, config.degree_power) for side in (0, 1)]
-        negatives = [sampler.draw(generator, shape) for sampler in samplers]
+        negatives = [
+            sampler.draw(generator, (chunks, config.global_negatives if side in sides else 0))
+            for sampler, side in zip(samplers, SIDES, strict=True)
+        ]
         log_counts: list[Tensor | None] = [None, None]
         if layout.corrects:
             log_counts = [
@@ -233,7 +252,7 @@ def to_batch(
                 *log_counts,
             )
         )
-    return EdgeBatch(tuple(groups), num_edges_all)
+    return EdgeBatch(tuple(groups), num_edges_all, sides)
 
 
 def _sample(columns: Columns, layout: EdgeLayout, generator: np.random.Generator) -> Columns:

@@ -59,7 +59,8 @@ class ServedReader:
         """See Reader."""
         for rows, message in self._remote.batches(position.to_json()):
             columns = {name: np.asarray(rows.column(name)) for name in COLUMNS}
-            yield ReadBatch(columns, message["rows_all"], Position.from_json(message["after"]))
+            after = Position.from_json(message["after"])
+            yield ReadBatch(columns, message["rows_all"], after, message["epoch"])
 
 
 class _Served:
@@ -83,7 +84,14 @@ class _Served:
     def batches(self, position: Any) -> Iterator[flight.Batch]:
         for read in self._reader.batches(Position.from_json(position)):
             rows = pa.record_batch({name: pa.array(read.columns[name]) for name in COLUMNS})
-            yield rows, {"after": read.after.to_json(), "rows_all": read.num_rows_all}
+            yield (
+                rows,
+                {
+                    "after": read.after.to_json(),
+                    "rows_all": read.num_rows_all,
+                    "epoch": read.epoch,
+                },
+            )
 
 
 def _read_here(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from projects.twhin import gradients, one_vs_all
-from projects.twhin.config import BIAS, DataConfig, LossConfig, ModelConfig
+from projects.twhin.config import BIAS, SIDES, DataConfig, LossConfig, ModelConfig, Side
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
 from projects.twhin.scoring import Entities, Queries, Scoring, chunked
@@ -106,6 +106,10 @@ class TwhinModel(nn.Module):
         )
         total = total + sum(part.sum() for part in rows.values() if not len(part))
         sections = self._sections(batch, rows)
+        # What an edge's sides have in common counts half in a pass that asks for one of them, so
+        # that two passes make one epoch of both.
+        is_half = data.grouped and data.asks == "both" and not self._config.reciprocal
+        share = 0.5 if is_half else 1.0
         whole = self._whole(batch) if data.all_negatives else {}
         for group in batch.groups:
             found = [self._entities(sections, table) for table, _ in group.lookups()]
@@ -113,9 +117,11 @@ class TwhinModel(nn.Module):
             if data.all_negatives:
                 everyone = (whole[group.lhs_table], whole[group.rhs_table])
             with torch.autocast(device.type, torch.bfloat16, enabled=self._amp):
-                total = total + self._loss(group, EdgeVectors(*found), everyone, data)
+                vectors = EdgeVectors(*found)
+                total = total + self._loss(group, vectors, everyone, data, batch.sides, share)
             if torch.is_grad_enabled():
-                total = total + self._penalty(group, found[0].vectors, found[1].vectors)
+                lhs, rhs = vectors.lhs.vectors, vectors.rhs.vectors
+                total = total + share * self._penalty(group, lhs, rhs, batch.sides)
         return total
 
     def _loss(
@@ -124,17 +130,23 @@ class TwhinModel(nn.Module):
         vectors: "EdgeVectors",
         everyone: tuple[Entities, Entities] | None,
         data: DataConfig,
+        sides: tuple[Side, ...],
+        share: float,
     ) -> Tensor:
         """Sum over the edges of a group; by written-out gradients where there are some."""
         weight = self.get_buffer("weights")[group.relation] if self._weighted else None
         config, scoring = self._config.loss, self._scoring
-        if self.writes_gradients and has_written_gradients(config, scoring, data):
-            return written_loss(group, vectors, everyone, scoring, data, config, weight)
         if everyone is not None:
-            scores = score_with_all(group, vectors.lhs, vectors.rhs, everyone, scoring)
+            if self.writes_gradients and self._config.scores_questions_once(data.asks):
+                return one_vs_all_loss(
+                    group, vectors, everyone, scoring, config, weight, sides, share
+                )
+            scores = score_with_all(group, vectors.lhs, vectors.rhs, everyone, scoring, sides)
+        elif self.writes_gradients and has_written_gradients(config, scoring, data):
+            return written_loss(group, vectors, scoring, data, config, weight, sides)
         else:
-            scores = score_group(group, vectors, scoring, data)
-        return group_loss(scores, config, weight)
+            scores = score_group(group, vectors, scoring, data, sides)
+        return group_loss(scores, config, weight, share)
 
     def _look_up(self, batch: EdgeBatch) -> dict[str, Tensor]:
         """Table → rows of all lookups of the batch."""
@@ -183,18 +195,20 @@ class TwhinModel(nn.Module):
             vectors, next(sections[table + BIAS])[:, 0] if self._config.biases else None
         )
 
-    def _penalty(self, group: Group, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """λ Σ |θ|^p over the vectors and relation parameters of the edges of a group."""
+    def _penalty(self, group: Group, lhs: Tensor, rhs: Tensor, sides: tuple[Side, ...]) -> Tensor:
+        """λ Σ |θ|^p over the vectors and relation parameters of the edges of a group, with
+        reciprocal relations once for each side that is asked for.
+        """
         total = torch.zeros((), device=lhs.device)
         settings = self._config.regularization
         for power, scale in ((2, settings.l2), (3, settings.n3)):
             if not scale:
                 continue
-            directions = 2 if self._config.reciprocal else 1
-            total = total + scale * directions * (
+            directions = [int(side == "lhs") for side in sides] if self._config.reciprocal else [0]
+            total = total + scale * len(directions) * (
                 self._entity_powers(group, lhs, power) + self._entity_powers(group, rhs, power)
             )
-            for direction in range(directions):
+            for direction in directions:
                 relation = group.relation + direction * len(self._config.relations)
                 total = total + scale * self.operators.powers(relation, power)
         return total
@@ -275,29 +289,37 @@ class SideScores:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Both sides of a group. With reciprocal relations their positives differ."""
+    """The sides of a group that are asked for. With reciprocal relations their positives differ."""
 
-    lhs: SideScores
-    rhs: SideScores
+    sides: tuple[SideScores, ...]
     one_positive: bool
 
 
 def score_group(
-    group: Group, vectors: EdgeVectors, scoring: Scoring, data: DataConfig
+    group: Group,
+    vectors: EdgeVectors,
+    scoring: Scoring,
+    data: DataConfig,
+    sides: tuple[Side, ...] = SIDES,
 ) -> GroupScores:
     """Score the edges of a group, and those with either side replaced by its negatives."""
-    heads = scoring.queries("lhs", vectors.rhs, group.relation)
-    tails = scoring.queries("rhs", vectors.lhs, group.relation)
-    positive = scoring.pairs(tails, vectors.rhs)
-    head_positive = scoring.pairs(heads, vectors.lhs) if scoring.reciprocal else positive
+    positive = None
     masked = None
     if size := data.in_batch_negatives:
         masked = in_batch_mask(group, size + 1)
-    lhs = _side(group, "lhs", heads, vectors.lhs, vectors.lhs_negatives, masked, scoring, data)
-    rhs = _side(group, "rhs", tails, vectors.rhs, vectors.rhs_negatives, masked, scoring, data)
-    return GroupScores(
-        SideScores(head_positive, *lhs), SideScores(positive, *rhs), not scoring.reciprocal
-    )
+    scored = []
+    for side in reversed(sides):  # an edge's one score is that of its tail
+        asking, true, drawn = (
+            (vectors.rhs, vectors.lhs, vectors.lhs_negatives)
+            if side == "lhs"
+            else (vectors.lhs, vectors.rhs, vectors.rhs_negatives)
+        )
+        queries = scoring.queries(side, asking, group.relation)
+        if positive is None or scoring.reciprocal:
+            positive = scoring.pairs(queries, true)
+        negatives = _side(group, side, queries, true, drawn, masked, scoring, data)
+        scored.append(SideScores(positive, *negatives))
+    return GroupScores(tuple(reversed(scored)), not scoring.reciprocal)
 
 
 def _side(
@@ -338,20 +360,54 @@ def score_with_all(
     rhs: Entities,
     everyone: tuple[Entities, Entities],
     scoring: Scoring,
+    sides: tuple[Side, ...] = SIDES,
 ) -> GroupScores:
     """Score the edges of a group with either side replaced by all rows of its table. everyone: all
     entities of the left and of the right table.
     """
-    sides = []
-    for side, asking, true_ids, candidates in (
-        ("lhs", rhs, group.lhs, everyone[0]),
-        ("rhs", lhs, group.rhs, everyone[1]),
-    ):
+    scored = []
+    for side in sides:
+        asking, true_ids, candidates = (
+            (rhs, group.lhs, everyone[0]) if side == "lhs" else (lhs, group.rhs, everyone[1])
+        )
         queries = scoring.queries(side, asking, group.relation)
         scores = scoring.with_all(queries, candidates)
         positive = scores.gather(1, true_ids.unsqueeze(1)).squeeze(1)
-        sides.append(SideScores(positive, scores, None, target=true_ids))
-    return GroupScores(sides[0], sides[1], not scoring.reciprocal)
+        scored.append(SideScores(positive, scores, None, target=true_ids))
+    return GroupScores(tuple(scored), not scoring.reciprocal)
+
+
+def one_vs_all_loss(
+    group: Group,
+    vectors: EdgeVectors,
+    everyone: tuple[Entities, Entities],
+    scoring: Scoring,
+    config: LossConfig,
+    weight: Tensor | None,
+    sides: tuple[Side, ...],
+    share: float,
+) -> Tensor:
+    """What score_with_all and group_loss make together, by `one_vs_all`. Where vectors are dropped
+    out of, edges of one question have one mask.
+    """
+    temperature = None if config.softmax is None else config.softmax.temperature
+    total = torch.zeros((), device=vectors.lhs.vectors.device)
+    for side in sides:
+        asking, asking_ids, answer_ids, candidates = (
+            (vectors.rhs, group.rhs, group.lhs, everyone[0])
+            if side == "lhs"
+            else (vectors.lhs, group.lhs, group.rhs, everyone[1])
+        )
+        questions = one_vs_all.distinct(asking_ids, group.relation)
+        relation = group.relation[questions.first]
+        queries = scoring.queries(side, asking.rows(questions.first), relation)
+        answers = one_vs_all.sort_answers(questions, answer_ids, weight)
+        counts_positive = scoring.reciprocal or side == sides[-1]
+        objective = one_vs_all.Objective(temperature, share if counts_positive else 0.0)
+        total = total + one_vs_all.full_loss(
+            scoring.comparator, queries, candidates, answers, objective
+        )
+    return total
 
 
 def has_written_gradients(config: LossConfig, scoring: Scoring, data: DataConfig) -> bool:
@@ -361,60 +417,44 @@ def has_written_gradients(config: LossConfig, scoring: Scoring, data: DataConfig
         scoring.comparator == "dot"
         and (config.softmax is not None or is_sum)
         and not data.in_batch_negatives
-        and (data.global_negatives > 0 or data.all_negatives)
+        and data.global_negatives > 0
     )
 
 
 def written_loss(
     group: Group,
     vectors: EdgeVectors,
-    everyone: tuple[Entities, Entities] | None,
     scoring: Scoring,
     data: DataConfig,
     config: LossConfig,
     weight: Tensor | None,
+    sides: tuple[Side, ...],
 ) -> Tensor:
-    """What score_group or score_with_all and group_loss make together, by `gradients`."""
+    """What score_group and group_loss make together, by `gradients`."""
     temperature = None if config.softmax is None else config.softmax.temperature
     total = torch.zeros((), device=vectors.lhs.vectors.device)
-    for side, asking, true, true_ids, negatives, ids, log_counts in (
-        (
-            "lhs",
-            vectors.rhs,
-            vectors.lhs,
-            group.lhs,
-            vectors.lhs_negatives,
-            group.lhs_negatives,
-            group.lhs_log_counts,
-        ),
-        (
-            "rhs",
-            vectors.lhs,
-            vectors.rhs,
-            group.rhs,
-            vectors.rhs_negatives,
-            group.rhs_negatives,
-            group.rhs_log_counts,
-        ),
-    ):
-        if everyone is not None:
-            asking_ids = group.rhs if side == "lhs" else group.lhs
-            questions = one_vs_all.distinct(asking_ids, group.relation)
-            first = questions.first
-            queries = scoring.queries(side, asking.rows(first), group.relation[first])
-            answers = one_vs_all.sort_answers(questions, true_ids, weight)
-            candidates = everyone[0] if side == "lhs" else everyone[1]
-            share = 1.0 if side == "rhs" or scoring.reciprocal else 0.0
-            total = total + one_vs_all.full_loss(
-                scoring.comparator,
-                queries,
-                candidates,
-                answers,
-                one_vs_all.Objective(temperature, share),
+    for side in sides:
+        asking, true, true_ids, negatives, ids, log_counts = (
+            (
+                vectors.rhs,
+                vectors.lhs,
+                group.lhs,
+                vectors.lhs_negatives,
+                group.lhs_negatives,
+                group.lhs_log_counts,
             )
-            continue
+            if side == "lhs"
+            else (
+                vectors.lhs,
+                vectors.rhs,
+                group.rhs,
+                vectors.rhs_negatives,
+                group.rhs_negatives,
+                group.rhs_log_counts,
+            )
+        )
         queries = scoring.queries(side, asking, group.relation)
-        objective = gradients.Objective(temperature, side == "rhs" or scoring.reciprocal)
+        objective = gradients.Objective(temperature, scoring.reciprocal or side == sides[-1])
         shared, masked, counts = _shared(true_ids, negatives, ids, log_counts, data.chunk_size)
         total = total + gradients.shared_loss(
             queries, true, shared, masked, counts, weight, objective, data.chunk_size
@@ -465,12 +505,14 @@ def _equal(ids: Tensor) -> Tensor:
     return ids.unsqueeze(2) == ids.unsqueeze(1)
 
 
-def group_loss(scores: GroupScores, config: LossConfig, weight: Tensor | None = None) -> Tensor:
+def group_loss(
+    scores: GroupScores, config: LossConfig, weight: Tensor | None = None, share: float = 1.0
+) -> Tensor:
     """Sum over the edges of a group, each counted `weight` (n,). Softmax and margin: one term a
-    side. Logistic: one positive term and the negatives of both sides; with reciprocal relations,
-    whose sides are two examples, a positive term each.
+    side. Logistic: one positive term, counted `share`, and the negatives of both sides; with
+    reciprocal relations, whose sides are two examples, a positive term each.
     """
-    sides = (scores.lhs, scores.rhs)
+    sides = scores.sides
     if (softmax := config.softmax) is not None:
         return sum(
             (_softmax_loss(side, softmax.temperature, weight) for side in sides),
@@ -491,11 +533,18 @@ def group_loss(scores: GroupScores, config: LossConfig, weight: Tensor | None = 
     if scores.one_positive:
         negative = torch.cat([side.negative for side in sides], dim=1)
         masked = torch.cat([side.mask() for side in sides], dim=1)
-        return losses.logistic(scores.rhs.positive, negative, masked, weight, kind)
-    first, second = (
-        losses.logistic(side.positive, side.negative, side.mask(), weight, kind) for side in sides
+        loss = losses.logistic(sides[-1].positive, negative, masked, weight, kind)
+        if share == 1:
+            return loss
+        attracted = F.softplus(-sides[-1].positive)
+        return loss - (1 - share) * (attracted if weight is None else attracted * weight).sum()
+    return sum(
+        (
+            losses.logistic(side.positive, side.negative, side.mask(), weight, kind)
+            for side in sides
+        ),
+        torch.zeros((), device=sides[0].positive.device),
     )
-    return first + second
 
 
 def _softmax_loss(side: SideScores, temperature: float, weight: Tensor | None) -> Tensor:

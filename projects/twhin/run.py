@@ -41,6 +41,7 @@ from projects.twhin.model import (
     seed_dropout,
     table_specs,
 )
+from projects.twhin.precision import uses_bfloat16
 from projects.twhin.ranking import Report
 from projects.twhin.report import render
 from tml import checkpoint, distributed, logs, program, run_folder
@@ -106,7 +107,8 @@ def run(
         # Model and optimizer; the tables carry theirs.
         specs = table_specs(config.model)
         tables = build_tables(specs, job, seed, as_a_whole=data.all_negatives)
-        model = TwhinModel(config.model, tables, amp=config.runtime.enable_amp, seed=seed)
+        amp = uses_bfloat16(config.runtime, job.device)
+        model = TwhinModel(config.model, tables, amp=amp, seed=seed)
         model.to(job.device)
         optimizer, optimizer_state = build_relation_optimizer(config.model, model)
         parameters = model.relation_parameters()
@@ -232,6 +234,7 @@ def _validate(
             "chunk_size",
             "degree_power",
             "all_negatives",
+            "asks",
         ]
         if config.train_data.all_negatives:  # as many scores as in training
             names.append("per_replica_batch_size")

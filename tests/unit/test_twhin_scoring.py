@@ -141,21 +141,21 @@ def test_scores_of_both_sides_and_their_gradients_equal_the_formula(
     gradients = []
     for values in (
         {
-            "lhs": found.lhs.negative,
-            "rhs": found.rhs.negative,
-            "lhs_true": found.lhs.positive,
-            "rhs_true": found.rhs.positive,
+            "lhs": found.sides[0].negative,
+            "rhs": found.sides[1].negative,
+            "lhs_true": found.sides[0].positive,
+            "rhs_true": found.sides[1].positive,
         },
         {name: torch.stack(rows) for name, rows in expected.items()},
     ):
         total = torch.zeros((), dtype=torch.float64)
-        for side, scores in (("lhs", found.lhs), ("rhs", found.rhs)):
+        for side, scores in zip(("lhs", "rhs"), found.sides, strict=True):
             kept = values[side].masked_fill(scores.mask(), 0.0)
             total = total + (kept.sin().sum(dim=1) * weights).sum() + kept.sum() * 0
             total = total + (values[f"{side}_true"].cos() * weights).sum()
         learned = [table, biases, *parameters.values()]
         gradients.append((total, torch.autograd.grad(total, learned, allow_unused=True)))
-    for side, scores in (("lhs", found.lhs), ("rhs", found.rhs)):
+    for side, scores in zip(("lhs", "rhs"), found.sides, strict=True):
         mask = scores.mask()
         torch.testing.assert_close(
             scores.negative[~mask], torch.stack(expected[side])[~mask], rtol=1e-6, atol=1e-6

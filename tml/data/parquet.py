@@ -7,7 +7,9 @@ or lists (`Lists`).
 Order of an epoch. The rows [offset, offset + limit) of the files, in order of their names, lie in
 row groups. The row groups are put in random order and gathered into windows of about `window_rows`
 rows; the rows of a window are put in random order. The result is one global order that depends on
-(seed, epoch) alone, not on the number of processes. Each process takes one stretch of it, the
+(seed, epoch) alone, not on the number of processes. Where rows are grouped, those of a window that
+have the same key follow each other, and the keys are in random order. Each process takes one
+stretch of the order, the
 stretches differ by at most one row, so every row is read once in an epoch, and a process reads
 little more than its own share of the files.
 
@@ -37,6 +39,10 @@ Rows = range | NDArray[np.int64]
 Check = Callable[[Columns, str, int], None]
 """Called with columns, the file they are from and the number of their first row there; raises
 DataError.
+"""
+GroupBy = Callable[[Columns, int], NDArray[np.int64]]
+"""Called with the columns of a window and the epoch; returns a key for each row (n,). Rows of one
+key follow each other.
 """
 
 
@@ -369,6 +375,8 @@ class ReadBatch:
     """Rows of this step over all processes."""
     after: Position
     """Where the job stands once this step is done."""
+    epoch: int
+    """That which the rows belong to, from 0 on."""
 
 
 class Reader(Protocol):
@@ -393,7 +401,7 @@ class ShuffledReader:
 
     num_epochs: None goes on without end. min_rows: a step in which some process would have fewer
     rows than these, which can only be the last of an epoch, is left out. shuffle: False keeps the
-    order of the files.
+    order of the files. group_by: rows of one key follow each other; None: all are mixed.
     """
 
     def __init__(
@@ -409,8 +417,10 @@ class ShuffledReader:
         *,
         min_rows: int = 0,
         shuffle: bool = True,
+        group_by: GroupBy | None = None,
     ) -> None:
         assert min_rows <= batch_size
+        assert shuffle or group_by is None
         self.rows = rows
         self.batch_size = batch_size
         self.num_epochs = num_epochs
@@ -421,6 +431,7 @@ class ShuffledReader:
         self._check = check
         self._min_rows = min_rows
         self._shuffle = shuffle
+        self._group_by = group_by
         if not self._steps(rows.num_rows):
             raise DataError(
                 f"{rows.pattern} has {rows.num_rows:,} rows, too few for a step of {world_size} "
@@ -466,7 +477,7 @@ class ShuffledReader:
                     for stretch, count in zip(stretches, read, strict=True)
                 ]
                 after = Position(epoch, _join([pair for stretch in left for pair in stretch]))
-            yield ReadBatch(columns, int((read - before).sum()), after)
+            yield ReadBatch(columns, int((read - before).sum()), after, epoch)
 
     def _remaining(self, position: Position) -> tuple[Interval, ...]:
         whole = ((0, self.rows.num_rows),)
@@ -507,16 +518,27 @@ class ShuffledReader:
             ]
             if wanted:
                 columns = _read_pieces(self.rows, window, self._check)
-                yield columns, self._choose(wanted, stop - start, [self._seed, epoch, number])
+                keys = None if self._group_by is None else self._group_by(columns, epoch)
+                seeds = [self._seed, epoch, number]
+                yield columns, self._choose(wanted, stop - start, seeds, keys)
             start = stop
 
-    def _choose(self, wanted: Sequence[Interval], num_rows: int, seeds: list[int]) -> Rows:
+    def _choose(
+        self,
+        wanted: Sequence[Interval],
+        num_rows: int,
+        seeds: list[int],
+        keys: NDArray[np.int64] | None,
+    ) -> Rows:
         """Which rows of a window of `num_rows` are read, in their order."""
         if not self._shuffle and len(wanted) == 1:
             return range(*wanted[0])  # no copy
         order = np.arange(num_rows)
         if self._shuffle:
-            order = np.random.default_rng(seeds).permutation(num_rows)
+            generator = np.random.default_rng(seeds)
+            order = generator.permutation(num_rows)
+            if keys is not None:
+                order = _group(order, keys, generator)
         return np.concatenate([order[a:b] for a, b in wanted])
 
     def _windows(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -552,6 +574,15 @@ class ShuffledReader:
                     parts, num_rows = [], 0
         if parts:
             yield _join_columns(parts)
+
+
+def _group(
+    order: NDArray[np.int64], keys: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """`order` rearranged so that rows of one key follow each other, the keys in random order."""
+    distinct, number = np.unique(keys[order], return_inverse=True)
+    place = generator.permutation(len(distinct))
+    return order[np.argsort(place[number], kind="stable")]
 
 
 def split_evenly(intervals: Sequence[Interval], parts: int) -> list[tuple[Interval, ...]]:
