@@ -1,0 +1,45 @@
+"""What a config says about a warm start: `WarmStartConfig`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat
+from pydantic import model_validator as validator
+
+from tml.config import Config
+
+
+class WarmStartConfig(Config):
+    """An earlier run whose vectors a new run starts from, though its vocabulary may differ: rows
+    are matched by entity through the vocabularies of both, relations by name and operator.
+    """
+
+    previous: str
+    """Run folder (its newest step), step folder, or folder of exported vectors. It is read at the
+    start of a run alone; one that is taken up again needs it no more.
+    """
+    tables: list[str] | None = Field(default=None, min_length=1)
+    """Tables that start so. Unset: all that both have."""
+    new_rows: Literal["random", "neighbors"] = "random"
+    """How rows of new entities start. random: as in a cold start; neighbors: in the direction in
+    which their training edges with known entities ask for them, as long as the known rows are on
+    average; random for those without such an edge.
+    """
+    pull: NonNegativeFloat = 0.0
+    """λ of λ ‖θ − θ_previous‖², added to each edge's loss for those of its two entities that have a
+    previous vector; with reciprocal relations once for each direction.
+    """
+    freeze: bool = False
+    """Keep the rows of matched entities as they are, so that only new rows and relations learn."""
+    optimizer_state: bool = False
+    """Carry over the accumulators of Adagrad, of matched rows and relations: such rows take up
+    training at the step size at which they left it.
+    """
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.freeze and (self.pull or self.optimizer_state):
+            raise ValueError(
+                "freeze: rows that stay as they are need neither pull nor optimizer_state; leave "
+                "those out"
+            )
+        return self
