@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from projects.twhin import gradients, one_vs_all
+from projects.twhin.anchors import Anchors
 from projects.twhin.config import BIAS, SIDES, DataConfig, LossConfig, ModelConfig, Side
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
@@ -78,6 +79,8 @@ class TwhinModel(nn.Module):
         self._config = config
         self._scoring = build_scoring(config, self.operators)
         self._amp = amp
+        self.anchors: Anchors | None = None
+        """Previous vectors, after a warm start with pull or freeze."""
         self.writes_gradients = True
         """Whether losses with written-out gradients are computed by them; tests compare both."""
 
@@ -97,7 +100,8 @@ class TwhinModel(nn.Module):
         """
         device = self.get_buffer("weights").device
         batch = batch.to(device)
-        rows = self._look_up(batch)
+        looked_up = self._look_up(batch)
+        rows = self._dropped_out(looked_up)
         # Every table takes part in the backward pass of every process, also where its batch has no
         # edge of it: the engine's collectives wait for all. The sum of no rows costs nothing.
         total: Tensor = sum(
@@ -122,6 +126,8 @@ class TwhinModel(nn.Module):
             if torch.is_grad_enabled():
                 lhs, rhs = vectors.lhs.vectors, vectors.rhs.vectors
                 total = total + share * self._penalty(group, lhs, rhs, batch.sides)
+        if self.anchors is not None and self.anchors.pull and torch.is_grad_enabled():
+            total = total + share * self._pull(self.anchors, batch, looked_up)
         return total
 
     def _loss(
@@ -156,7 +162,9 @@ class TwhinModel(nn.Module):
         if self._config.biases:
             ids |= {name + BIAS: found for name, found in ids.items()}
         found = self.tables(ids)
-        return {name: self._drop_out(name, rows) for name, rows in found.items()}
+        if self.anchors is not None:
+            found = {name: self.anchors.hold(name, ids[name], rows) for name, rows in found.items()}
+        return found
 
     def _whole(self, batch: EdgeBatch) -> dict[str, Entities]:
         """Table → all its entities, for the tables that the batch touches."""
@@ -165,10 +173,17 @@ class TwhinModel(nn.Module):
         )
         found = {}
         for name in names:
-            vectors = self._drop_out(name, self.tables.whole(name))
-            biases = self.tables.whole(name + BIAS)[:, 0] if self._config.biases else None
+            vectors = self._drop_out(name, self._held_whole(name))
+            biases = self._held_whole(name + BIAS)[:, 0] if self._config.biases else None
             found[name] = Entities(vectors, biases)
         return found
+
+    def _held_whole(self, table: str) -> Tensor:
+        rows = self.tables.whole(table)
+        return rows if self.anchors is None else self.anchors.hold(table, None, rows)
+
+    def _dropped_out(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._drop_out(name, found) for name, found in rows.items()}
 
     def _drop_out(self, table: str, rows: Tensor) -> Tensor:
         share = self._config.embedding_dropout
@@ -211,6 +226,19 @@ class TwhinModel(nn.Module):
             for direction in directions:
                 relation = group.relation + direction * len(self._config.relations)
                 total = total + scale * self.operators.powers(relation, power)
+        return total
+
+    def _pull(self, anchors: Anchors, batch: EdgeBatch, rows: dict[str, Tensor]) -> Tensor:
+        """λ ‖θ − θ_previous‖² of the entities of each edge, before dropout; with reciprocal
+        relations once for each side that is asked for.
+        """
+        times = anchors.pull * (len(batch.sides) if self._config.reciprocal else 1)
+        sections = self._sections(batch, rows)
+        total = torch.zeros((), device=self.get_buffer("weights").device)
+        for group in batch.groups:
+            found = [self._entities(sections, table).vectors for table, _ in group.lookups()]
+            for (table, ids), vectors in zip(group.lookups()[:2], found[:2], strict=True):
+                total = total + times * anchors.distance(table, ids, vectors)
         return total
 
     def _entity_powers(self, group: Group, vectors: Tensor, power: int) -> Tensor:
