@@ -49,10 +49,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def save(
-    save_dir: Path, step: int, state: State, meta: State, config: str, keep: int | None = None
+    save_dir: Path,
+    step: int,
+    state: State,
+    meta: State,
+    config: str,
+    keep: int | None = None,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Write `<save_dir>/<step>`, then remove all but the newest `keep` complete step folders. All
-    processes call this.
+    """Write `<save_dir>/<step>`, then remove all but the newest `keep` complete step folders and
+    those of the steps `protect`. All processes call this.
 
     state: name → tensor, sharded tensor or nested dict of them; meta: JSON object; config: YAML
     text. Raises CheckpointError on every process when one fails; what was begun is removed, older
@@ -79,7 +85,7 @@ def save(
             f"{error}; {kept}; make room and start the same command again"
         ) from error
     if _is_chief():
-        _remove_old(save_dir, keep)
+        remove_old(save_dir, keep, protect)
     return folder
 
 
@@ -208,10 +214,13 @@ def _together(what: str, act: Callable[[], None]) -> None:
         raise CheckpointError(f"{what}: {reason}") from failure
 
 
-def _remove_old(save_dir: Path, keep: int | None) -> None:
+def remove_old(save_dir: Path, keep: int | None, protect: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` complete step folders (None: all stay) and those of the
+    steps `protect`, and what killed runs left behind. One process calls it.
+    """
     complete = complete_steps(save_dir)
     newest = complete[-1]
-    old = complete[:-keep] if keep else []
+    old = [step for step in complete[:-keep] if step not in protect] if keep else []
     incomplete = [f for f in _step_folders(save_dir) if not is_complete(f) and int(f.name) < newest]
     for folder in [save_dir / str(step) for step in old] + incomplete:
         (folder / COMPLETE).unlink(missing_ok=True)

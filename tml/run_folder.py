@@ -26,6 +26,8 @@ from tml.distributed import Job
 
 logger = logging.getLogger(__name__)
 
+RECORDS = "metrics.jsonl"
+"""A record each interval, as logs.MetricLog writes them."""
 METRICS = "metrics.json"
 """What was measured at the end; it is written last, so a run that has it is finished."""
 LOCK = ".lock"
@@ -141,7 +143,7 @@ def seconds_since_start() -> float:
 def _run_files(save_dir: Path, extra: Collection[str]) -> list[Path]:
     if not save_dir.is_dir():
         return []
-    names = {"metrics.jsonl", METRICS, checkpoint.CONFIG, *extra}
+    names = {RECORDS, METRICS, checkpoint.CONFIG, *extra}
     return [
         path
         for path in save_dir.iterdir()

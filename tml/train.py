@@ -22,6 +22,7 @@ from tml import distributed
 from tml.config import Config
 from tml.data.parquet import Position
 from tml.distributed import Job
+from tml.early_stopping import Best
 from tml.logs import MetricLog, Record
 
 BatchT = TypeVar("BatchT")
@@ -105,6 +106,12 @@ class Progress:
     """Examples since the last record, over all processes."""
     examples_seen: int = 0
     """Examples since the start of the run, over all processes."""
+    is_measured: bool = False
+    """Whether the checkpoint of this step is one that is measured. Measuring follows saving: who
+    takes the run up again measures it where that was cut short, and decides the same.
+    """
+    best: Best = field(default_factory=Best)
+    """What was measured before this checkpoint."""
 
     def to_json(self) -> Record:
         """A JSON object for meta.json."""
@@ -113,6 +120,8 @@ class Progress:
             "data_position": self.position.to_json(),
             "interval": {"loss_sum": self.loss_sum, "num_examples": self.num_examples},
             "examples_seen": self.examples_seen,
+            "is_measured": self.is_measured,
+            "best": self.best.to_json(),
         }
 
     @classmethod
@@ -124,6 +133,8 @@ class Progress:
             loss_sum=tree["interval"]["loss_sum"] if chief else 0.0,
             num_examples=tree["interval"]["num_examples"],
             examples_seen=tree["examples_seen"],
+            is_measured=tree.get("is_measured", False),
+            best=Best.from_json(tree.get("best", {})),
         )
 
 
@@ -177,6 +188,14 @@ class Loop(Generic[BatchT]):
     validate: Callable[[], Record] | None = None
     """Measures on validation data; every process calls it."""
     validate_every: int | None = None
+    measure: Callable[[Progress], bool] | None = None
+    """Measures the checkpoint that was just saved; whether training ends with it. Every process
+    calls it.
+    """
+    measure_every: int | None = None
+    """Steps between measured checkpoints; the last step's is always measured."""
+    measure_every_examples: int | None = None
+    """Examples of all processes between measured checkpoints."""
 
     def run(self, batches: Iterator[tuple[BatchT, Place]], progress: Progress) -> int | None:
         """Train to total_steps; returns None when done, or the number of the signal that stopped
@@ -198,23 +217,43 @@ class Loop(Generic[BatchT]):
                 progress.num_examples += result.num_examples_all
                 progress.examples_seen += result.num_examples_all
                 last = upcoming.is_last(progress.step)
+                progress.is_measured = last or self._is_measured(progress, result)
+                progress.is_measured &= self.measure is not None
                 if _due(progress.step, self.log_every) or last:
                     self._log_interval(progress, interval_loss, result, watch)
-                if self.validate is not None and (_due(progress.step, self.validate_every) or last):
+                validates = _due(progress.step, self.validate_every) or last
+                if self.validate is not None and validates:
                     with watch.paused():
                         self._log_validation(progress.step, self.validate())
                 stopped = distributed.any_process(stop.number is not None)
-                if _due(progress.step, self.checkpoint_every) or last or stopped:
+                saves = last or stopped or progress.is_measured
+                if saves or _due(progress.step, self.checkpoint_every):
                     with watch.paused():
                         self._gather(progress, interval_loss)
                         self.save(progress)
                     saved_step = progress.step
-                if stopped:
+                ends = False
+                if self.measure is not None and progress.is_measured and not stopped:
+                    with watch.paused():
+                        ends = self.measure(progress)
+                if ends and self.validate is not None and not validates:
+                    self._log_validation(progress.step, self.validate())
+                if stopped or ends:
                     break
             # A signal that came after the last look: what follows the loop takes time too.
             stopped = distributed.any_process(stop.number is not None)
         assert saved_step == progress.step or not progress.step
         return (stop.number or signal.SIGTERM) if stopped else None
+
+    def _is_measured(self, progress: Progress, result: StepResult) -> bool:
+        if _due(progress.step, self.measure_every):
+            return True
+        if self.measure_every_examples is None:
+            return False
+        before = progress.examples_seen - result.num_examples_all
+        return before // self.measure_every_examples < (
+            progress.examples_seen // self.measure_every_examples
+        )
 
     def _gather(self, progress: Progress, interval_loss: Tensor) -> None:
         """Move the interval's loss to the chief, in the unbroken run as in the resumed one: same

@@ -1,35 +1,113 @@
-"""The best step of a run: which one it is by the marks of its evaluation."""
+"""The best step of a run by what was measured of its checkpoints, named in evaluation/best.json.
+
+The file is written by the trainer where evaluation.during_training is set, else by the evaluator
+role: {"step", "split", "metric", "relation", <metric>: its value}. Who asks for `--step=best` gets
+the step that it names, and the trainer keeps that step folder.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from projects.twhin.evaluation_config import EvaluationConfig
 from projects.twhin.ranking import Report
 from tml import follow, run_folder
+from tml.checkpoint import CheckpointError
 
 BEST = "best.json"
-"""Below evaluation/: the step with the best MRR that the evaluator has measured."""
+"""Below evaluation/."""
 
 
-def write_best(save_dir: Path, split: str) -> Report:
-    """Write evaluation/best.json: the step whose mark has the best MRR, the first of equals."""
-    measured = {}
+@dataclass(frozen=True)
+class Goal:
+    """The number that steps are compared by; larger is better."""
+
+    metric: str = "mrr"
+    relation: str | None = None
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> "Goal":
+        """That of during_training; the MRR where that is unset."""
+        during = config.during_training
+        return cls() if during is None else cls(during.metric, during.relation)
+
+    def __str__(self) -> str:
+        return self.metric + (f" of {self.relation}" if self.relation else "")
+
+    def value(self, report: Report) -> float | None:
+        """The number in a report; None where nothing of the kind was measured."""
+        is_link = "link_prediction" in report and self.metric in report["link_prediction"]["mean"]
+        part = report.get("link_prediction" if is_link else "retrieval", {})
+        if self.relation is not None:
+            part = part.get("relations", {}).get(self.relation, {})
+        found: float | None = {**part, **part.get("mean", {})}.get(self.metric)
+        return found
+
+
+def find_best(save_dir: Path, split: str, goal: Goal) -> Report | None:
+    """The step whose mark has the largest number, the first of equals, as best.json names it."""
+    measured: dict[int, float] = {}
     for path in (save_dir / follow.EVALUATION / split).glob("*.json"):
         if path.stem.isdigit():
-            mean = json.loads(path.read_text())["link_prediction"]["mean"]
-            measured[int(path.stem)] = mean["mrr"]
+            value = goal.value(json.loads(path.read_text()))
+            if value is not None:
+                measured[int(path.stem)] = value
+    if not measured:
+        return None
     step = max(sorted(measured), key=lambda step: measured[step])
-    best = {"step": step, "split": split, "mrr": measured[step]}
-    run_folder.write_json(save_dir / follow.EVALUATION / BEST, best)
+    return describe(step, split, goal, measured[step])
+
+
+def describe(step: int, split: str, goal: Goal, value: float) -> Report:
+    """What best.json holds."""
+    report = {"step": step, "split": split, "metric": goal.metric, goal.metric: value}
+    return report if goal.relation is None else {**report, "relation": goal.relation}
+
+
+def write_best(save_dir: Path, best: Report) -> None:
+    """Write evaluation/best.json."""
+    path = save_dir / follow.EVALUATION / BEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(path, best)
+
+
+def read_best(save_dir: Path) -> Report | None:
+    """What evaluation/best.json holds; None where there is none."""
+    try:
+        best: Report = json.loads((save_dir / follow.EVALUATION / BEST).read_text())
+    except FileNotFoundError:
+        return None
     return best
+
+
+def best_step(save_dir: Path) -> int:
+    """The step that best.json names. Raises CheckpointError where there is none."""
+    best = read_best(save_dir)
+    if best is None:
+        raise CheckpointError(
+            f"{save_dir} names no best step ({follow.EVALUATION}/{BEST}): set "
+            "evaluation.during_training in its config, or let an evaluator (SPEC_TYPE=evaluator) "
+            "measure its steps; or give the number of a step"
+        )
+    step = best["step"]
+    assert isinstance(step, int)
+    return step
+
+
+STEP_HELP = "step folder: its number, or best; default: the newest complete one"
+
+
+def step_argument(text: str) -> int | str:
+    """--step of a program: a number or "best"."""
+    return text if text == "best" else int(text)
 
 
 def forget_marks(save_dir: Path, step: int) -> None:
     """Remove the marks of steps after `step`, and name the best of those before it."""
     follow.forget_marks(save_dir, step)
-    path = save_dir / follow.EVALUATION / BEST
-    if path.exists():
-        best = json.loads(path.read_text())
-        if best["step"] > step:
-            path.unlink()
-            if any((save_dir / follow.EVALUATION / best["split"]).glob("*.json")):
-                write_best(save_dir, best["split"])
+    best = read_best(save_dir)
+    if best is not None and best["step"] > step:
+        (save_dir / follow.EVALUATION / BEST).unlink()
+        goal = Goal(best.get("metric", "mrr"), best.get("relation"))
+        if (left := find_best(save_dir, best["split"], goal)) is not None:
+            write_best(save_dir, left)

@@ -11,9 +11,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic import model_validator as validator
 
 from projects.twhin.comparators import Comparator
+from projects.twhin.evaluation_config import EvaluationConfig
 from projects.twhin.operators import Operator
 from projects.twhin.planted import PlantedConfig
 from projects.twhin.scoring import moves_to_the_query
+from projects.twhin.warm_start_config import WarmStartConfig
 from tml import train
 from tml.config import Config
 from tml.optimizers import OptimizerConfig
@@ -325,65 +327,6 @@ class DataConfig(Config):
         return SIDES
 
 
-class RetrievalConfig(Config):
-    """Ranks all right-hand entities for each left-hand one, those of its training edges left
-    out.
-    """
-
-    k: list[PositiveInt] = Field(default=[10, 20, 50])
-    """Cut-offs of Recall@K, NDCG@K and Hit@K."""
-
-
-class EvaluationConfig(Config):
-    """What is measured on validation_data and test_data once training has ended."""
-
-    link_prediction: bool = True
-    """Filtered MRR, MR, Hits@1/3/10 of both sides and of each relation, among all entities."""
-    retrieval: RetrievalConfig | None = None
-    """Recall@K, NDCG@K, Hit@K of each relation. Unset: left out."""
-    relations: list[str] | None = None
-    """Names of the relations that are measured. Unset: all."""
-    max_edges: PositiveInt | None = None
-    """Edges ranked at most, spread evenly over the data; said in the report. Unset: all."""
-
-
-class WarmStartConfig(Config):
-    """An earlier run whose vectors a new run starts from, though its vocabulary may differ: rows
-    are matched by entity through the vocabularies of both, relations by name.
-    """
-
-    previous: str
-    """Run folder (its newest step), step folder, or folder of exported vectors. It is read at the
-    start of a run alone; one that is taken up again needs it no more.
-    """
-    tables: list[str] | None = Field(default=None, min_length=1)
-    """Tables that start so. Unset: all that both have."""
-    new_rows: Literal["random", "neighbors"] = "random"
-    """How rows of new entities start. random: as in a cold start; neighbors: in the direction in
-    which their training edges with known entities ask for them, as long as the known rows are on
-    average; random for those without such an edge.
-    """
-    pull: NonNegativeFloat = 0.0
-    """λ of λ ‖θ − θ_previous‖², added to each edge's loss for those of its two entities that have a
-    previous vector; with reciprocal relations once for each direction.
-    """
-    freeze: bool = False
-    """Keep the rows of matched entities as they are, so that only new rows and relations learn."""
-    optimizer_state: bool = False
-    """Carry over the accumulators of Adagrad, of matched rows and relations: such rows take up
-    training at the step size at which they left it.
-    """
-
-    @validator(mode="after")
-    def _check(self) -> Self:
-        if self.freeze and (self.pull or self.optimizer_state):
-            raise ValueError(
-                "freeze: rows that stay as they are need neither pull nor optimizer_state; leave "
-                "those out"
-            )
-        return self
-
-
 class TwhinConfig(Config):
     """The whole of a TwHIN run."""
 
@@ -410,6 +353,7 @@ class TwhinConfig(Config):
                     f"evaluation.relations: unknown relation {name!r}; there are {', '.join(known)}"
                 )
         self._check_warm_start()
+        self._check_during_training(known)
         data = self.train_data
         sampled = bool(data.global_negatives or data.in_batch_negatives)
         if not sampled and not data.all_negatives:
@@ -488,6 +432,20 @@ class TwhinConfig(Config):
                     f"model.embeddings.tables.{index}.pretrained: table {table.name!r} starts from "
                     "warm_start; leave one of them out, or name the others in warm_start.tables"
                 )
+
+    def _check_during_training(self, known: list[str]) -> None:
+        if (during := self.evaluation.during_training) is None:
+            return
+        if self.validation_data is None:
+            raise ValueError(
+                "evaluation.during_training: it ranks validation_data, which is unset; set "
+                "validation_data.data_root"
+            )
+        if during.relation is not None and during.relation not in known:
+            raise ValueError(
+                f"evaluation.during_training.relation: unknown relation {during.relation!r}; "
+                f"there are {', '.join(known)}"
+            )
 
     def _check_all_negatives(self, where: str, data: DataConfig) -> None:
         if data.global_negatives or data.in_batch_negatives:

@@ -82,6 +82,20 @@ def spread(edges: Edges, max_edges: int | None) -> Edges:
     return edges.take(np.arange(max_edges, dtype=np.int64) * len(edges) // max_edges)
 
 
+def spread_users(edges: Edges, max_edges: int | None) -> Edges:
+    """About `max_edges` of the edges, all of those of some left-hand entities of a relation, which
+    are evenly spaced over their ids; the same ones in every process.
+    """
+    if max_edges is None or len(edges) <= max_edges:
+        return edges
+    width = int(edges.lhs.max()) + 1
+    users, user_of = np.unique(edges.rel * width + edges.lhs, return_inverse=True)
+    number = max(1, len(users) * max_edges // len(edges))
+    is_kept = np.zeros(len(users), dtype=bool)
+    is_kept[np.arange(number, dtype=np.int64) * len(users) // number] = True
+    return edges.take(is_kept[user_of])
+
+
 def of_relations(edges: Edges, relations: Sequence[int]) -> Edges:
     """The edges of the relations with these numbers."""
     return edges.take(np.isin(edges.rel, np.asarray(relations, dtype=np.int64)))

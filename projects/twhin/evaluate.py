@@ -16,7 +16,7 @@ from rich.console import Console
 
 from projects.twhin import planted
 from projects.twhin.config import TwhinConfig
-from projects.twhin.edges import Edges, count_unseen, join, of_relations, spread
+from projects.twhin.edges import Edges, count_unseen, join, of_relations, spread, spread_users
 from projects.twhin.link_prediction import link_prediction, link_prediction_report
 from projects.twhin.ranking import Report, Scorer, Sums
 from projects.twhin.report import render
@@ -54,12 +54,13 @@ def evaluate_split(
         ranked = spread(asked, settings.max_edges)
         sums = link_prediction(vectors, relations, ranked, known, shard)
         report["link_prediction"] = link_prediction_report(relations, _over_all(sums))
-        if len(ranked) < len(asked):
-            report["link_prediction"]["protocol"] += f"; {len(ranked):,} of {len(asked):,} edges"
+        report["link_prediction"]["protocol"] += _share(ranked, asked)
     if settings.retrieval is not None:
         k = settings.retrieval.k
-        sums = retrieval(vectors, relations, asked, training, k, shard)
+        ranked = spread_users(asked, settings.max_edges)
+        sums = retrieval(vectors, relations, ranked, training, k, shard)
         report["retrieval"] = retrieval_report(relations, _over_all(sums), k)
+        report["retrieval"]["protocol"] += _share(ranked, asked)
     if config.planted is not None and split == "test":
         folder = planted.folder_of(config.train_data.data_root)
         report["planted"] = json.loads((folder / planted.PLANTED).read_text())["optimum"]
@@ -84,6 +85,10 @@ def read_split(config: TwhinConfig, split: str) -> Edges | None:
     return Edges(columns["lhs"], columns["rel"], columns["rhs"])
 
 
+def _share(ranked: Edges, asked: Edges) -> str:
+    return f"; {len(ranked):,} of {len(asked):,} edges" if len(ranked) < len(asked) else ""
+
+
 def _over_all(sums: Sums) -> Sums:
     """The sums of all processes."""
     from tml import distributed
@@ -93,6 +98,7 @@ def _over_all(sums: Sums) -> Sums:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    from projects.twhin.best import STEP_HELP, step_argument
     from projects.twhin.export import load_vectors, resolve_run
     from tml.checkpoint import CheckpointError
     from tml.data.parquet import DataError
@@ -101,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description="Measure the vectors of a run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
-    parser.add_argument("--step", type=int, help="step folder; default: the newest complete one")
+    parser.add_argument("--step", type=step_argument, help=STEP_HELP)
     parser.add_argument("--split", default="test", choices=("test", "validation", "train"))
     add_overrides(parser, "change one setting of the run's config")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -8,7 +8,7 @@ operator, 0 where it has none); for linear and affine operators `relation_matric
 vector is A_r row by row. With reciprocal relations those of the inverse directions follow, named
 `<relation>:inverse`.
 
-    python projects/twhin/export.py --run=RUN_FOLDER [--step=N] [--output=FOLDER]
+    python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best] [--output=FOLDER]
 """
 
 import argparse
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from projects.twhin.best import STEP_HELP, best_step, step_argument
 from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
 from projects.twhin.model import Vectors, saved_names
 from projects.twhin.operators import PARAMETERS
@@ -75,11 +76,13 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
 
 
 def resolve_run(
-    run: Path, step: int | None, overrides: Sequence[str] = ()
+    run: Path, step: int | str | None, overrides: Sequence[str] = ()
 ) -> tuple[Path, TwhinConfig]:
-    """The step folder (the newest complete one where `step` is None) of a run folder, and the
-    config it was made with.
+    """The step folder (the newest complete one where `step` is None, the one that best.json names
+    where it is "best") of a run folder, and the config it was made with.
     """
+    if step == "best":
+        step = best_step(run)
     if step is None:
         steps = checkpoint.complete_steps(run)
         if not steps:
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
-    parser.add_argument("--step", type=int, help="step folder; default: the newest complete one")
+    parser.add_argument("--step", type=step_argument, help=STEP_HELP)
     parser.add_argument("--output", type=Path, help="default: RUN/vectors")
     arguments = parser.parse_args(argv)
     try:

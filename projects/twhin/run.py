@@ -44,6 +44,7 @@ from projects.twhin.model import (
 from projects.twhin.precision import uses_bfloat16
 from projects.twhin.ranking import Report
 from projects.twhin.report import render
+from projects.twhin.validation import Validation, kept_steps
 from tml import checkpoint, distributed, logs, program, run_folder
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.parquet import DataError, ParquetRows, Position
@@ -133,7 +134,11 @@ def run(
         if job.is_chief:
             forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
-        total_steps = progress.step + reader.steps_from(position)
+        validation, ended = None, False
+        if (during := config.evaluation.during_training) is not None:
+            validation = Validation(config, save_dir, job, log)
+            ended = validation.resume(progress)
+        total_steps = progress.step + (0 if ended else reader.steps_from(position))
         if config.training.num_train_steps is not None:
             total_steps = max(progress.step, min(total_steps, config.training.num_train_steps))
         if job.is_chief and progress.step < total_steps:
@@ -168,8 +173,8 @@ def run(
 
         def save(progress: Progress) -> None:
             meta = {**progress.to_json(), **run_folder.provenance(job)}
-            keep = config.training.checkpoint_max_to_keep
-            checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep)
+            keep, best = config.training.checkpoint_max_to_keep, kept_steps(save_dir)
+            checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep, best)
 
         validate = None
         if config.validation_data is not None:
@@ -185,6 +190,9 @@ def run(
             checkpoint_every=config.training.checkpoint_every_n,
             validate=validate,
             validate_every=config.training.eval_log_every_n,
+            measure=None if validation is None else validation.measure,
+            measure_every=None if during is None else during.every_n,
+            measure_every_examples=None if during is None else during.interval(reader.num_rows),
         )
         batches = read_batches(reader, layout, data, job, seed, position, progress.step)
         with prefetch(batches) as ahead:
@@ -196,8 +204,15 @@ def run(
             )
             return stopped_by
 
-        # What was learned, read back from the last step folder: what is measured is what was saved.
-        folder = save_dir / str(progress.step)
+        # What was learned, read back from a step folder: what is measured is what was saved.
+        ends: Report = {"step": progress.step}
+        if validation is not None and (best_step := progress.best.step) is not None:
+            ends["best_step"] = best_step
+            log.say(
+                f"step {best_step:,} of {progress.step:,} is the best by validation: it is what is "
+                "exported and tested"
+            )
+        folder = save_dir / str(ends.get("best_step", progress.step))
         vectors = export.load_vectors(folder, config.model)
         if job.is_chief:
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
@@ -208,10 +223,10 @@ def run(
             report = evaluate_split(config, split, vectors, job)
             if job.is_chief:
                 log.console.print(render(report))
-                log.write("metrics", {"step": progress.step, **report})
+                log.write("metrics", {**ends, **report})
         if job.is_chief:
             # Also without a report: it says that the run is finished.
-            run_folder.write_json(save_dir / run_folder.METRICS, {"step": progress.step, **report})
+            run_folder.write_json(save_dir / run_folder.METRICS, {**ends, **report})
             log.say(f"metrics: {save_dir / run_folder.METRICS}")
         distributed.barrier()
         return None

@@ -1,0 +1,180 @@
+"""Validation by ranking during training: each checkpoint it is told of is measured on
+validation_data, the best one is kept, and training ends when none has been better for long enough.
+
+What is measured are the vectors of the step folder just saved, so that sharded tables are whole and
+the numbers are those of `evaluate.py --step`. The best step so far and the waiting are part of the
+checkpoint (`Progress.best`), as they were before its own measurement: a run that is taken up again
+measures what was not, and decides what the unbroken one does.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from projects.twhin import best
+from projects.twhin.best import Goal
+from projects.twhin.config import TwhinConfig
+from projects.twhin.edges import Edges
+from projects.twhin.evaluate import evaluate_split, read_split, read_splits
+from projects.twhin.export import load_vectors
+from projects.twhin.ranking import Report
+from tml import checkpoint, distributed, follow, run_folder
+from tml.config import ConfigError
+from tml.distributed import Job
+from tml.early_stopping import Best
+from tml.logs import MetricLog, read_records
+from tml.train import Progress
+
+SPLIT = "validation"
+RECORD = "ranking"
+"""The kind of a record in metrics.jsonl."""
+
+
+class Validation:
+    """Measures the checkpoints of one run; all processes make one and call it alike."""
+
+    def __init__(self, config: TwhinConfig, save_dir: Path, job: Job, log: MetricLog) -> None:
+        """Reads validation_data. Raises ConfigError where it holds nothing to go by."""
+        during = config.evaluation.during_training
+        assert during is not None
+        self._config = config
+        self._during = during
+        self._goal = Goal.of(config.evaluation)
+        self._save_dir, self._job, self._log = save_dir, job, log
+        self._edges: dict[str, Edges | None] = {}
+        self._refuse_nothing()
+
+    def _refuse_nothing(self) -> None:
+        edges = read_split(self._config, SPLIT)
+        assert edges is not None
+        if not len(edges):
+            raise ConfigError("evaluation.during_training: validation_data has no edges")
+        if (name := self._goal.relation) is not None:
+            numbers = {r.name: number for number, r in enumerate(self._config.model.relations)}
+            if not (edges.rel == numbers[name]).any():
+                raise ConfigError(
+                    f"evaluation.during_training.relation: validation_data has no edge of {name!r}"
+                )
+
+    def resume(self, progress: Progress) -> bool:
+        """Take up what was decided before; whether training has ended with the checkpoint that the
+        run goes on from.
+        """
+        before = progress.best
+        if before.goal != self._described():
+            if before.step is not None:
+                self._log.say(
+                    f"what is validated has changed ({before.goal} → {self._described()}): the "
+                    f"best step is chosen anew, from step {progress.step:,} on"
+                )
+            progress.best = Best(goal=self._described())
+        if progress.is_measured:
+            return self.measure(progress)
+        self._name_best(progress.best)
+        return False
+
+    def measure(self, progress: Progress) -> bool:
+        """Measure the checkpoint of progress.step, or read what was measured of it; whether
+        training ends with it.
+        """
+        began = time.perf_counter()
+        step = progress.step
+        marks = follow.read_marks(self._save_dir, step) if self._job.is_chief else {}
+        report = distributed.gather(marks.get(SPLIT))[0]
+        value = None if report is None else self._goal.value(report)
+        if report is None or value is None:
+            report = self._rank(self._save_dir / str(step))
+            # The chief's number: the same bits decide everywhere.
+            value = distributed.gather(self._goal.value(report))[0]
+            follow.mark_done(self._save_dir, step, {SPLIT: report}, self._job)
+        if value is None:
+            raise ConfigError(
+                f"evaluation.during_training.metric: there is no {self._goal} on validation_data; "
+                "none of its edges can be ranked"
+            )
+        is_best = progress.best.note(step, value, self._during.min_delta)
+        if self._job.is_chief:
+            self._name_best(progress.best)
+            self._write_record(step, report, progress.best, time.perf_counter() - began, is_best)
+            keep = self._config.training.checkpoint_max_to_keep
+            checkpoint.remove_old(self._save_dir, keep, kept_steps(self._save_dir))
+        ends = progress.best.is_given_up(self._during.patience)
+        if ends:
+            self._log.say(self._farewell(progress.best))
+        return ends
+
+    def _rank(self, folder: Path) -> Report:
+        if not self._edges:
+            self._edges = read_splits(self._config)
+        vectors = load_vectors(folder, self._config.model)
+        return evaluate_split(for_training(self._config), SPLIT, vectors, self._job, self._edges)
+
+    def _name_best(self, found: Best) -> None:
+        if self._job.is_chief and found.step is not None and found.value is not None:
+            named = best.describe(found.step, SPLIT, self._goal, found.value)
+            best.write_best(self._save_dir, named)
+
+    def _write_record(
+        self, step: int, report: Report, found: Best, seconds: float, is_best: bool
+    ) -> None:
+        """A record and its line, unless they are there from before the run was cut short."""
+        path = self._save_dir / run_folder.RECORDS
+        known = read_records(path) if path.exists() else []
+        if any(one["kind"] == RECORD and one["step"] == step for one in known[-50:]):
+            return
+        record: dict[str, Any] = {"step": step, **_means(report, self._goal)}
+        record |= {"best_step": found.step, "waited": found.waited, "seconds": round(seconds, 3)}
+        self._log.write(RECORD, record)
+        self._log.say(_line(record, self._goal, is_best=is_best))
+
+    def _described(self) -> str:
+        """What makes measurements comparable."""
+        settings = self._config.evaluation.for_training()
+        edges = "" if settings.max_edges is None else f", {settings.max_edges:,} edges"
+        relations = "" if settings.relations is None else f", {' '.join(settings.relations)}"
+        return f"{self._goal}{edges}{relations}"
+
+    def _farewell(self, found: Best) -> str:
+        assert found.step is not None
+        assert found.value is not None
+        return (
+            f"no better validation {self._goal} for {found.waited} validations (best "
+            f"{_short(found.value)} at step {found.step:,}): training ends"
+        )
+
+
+def for_training(config: TwhinConfig) -> TwhinConfig:
+    """The config whose evaluation is what is measured during training."""
+    return config.model_copy(update={"evaluation": config.evaluation.for_training()})
+
+
+def kept_steps(save_dir: Path) -> list[int]:
+    """The steps that stay beside those of checkpoint_max_to_keep: the best one."""
+    named = best.read_best(save_dir)
+    return [] if named is None else [named["step"]]
+
+
+def _means(report: Report, goal: Goal) -> dict[str, float]:
+    """The means over all relations, and the goal's own number under its name."""
+    part = report.get("link_prediction") or report["retrieval"]
+    means: dict[str, float] = dict(part["mean"])
+    value = goal.value(report)
+    return means if value is None else {**means, str(goal): value}
+
+
+def _line(record: dict[str, Any], goal: Goal, *, is_best: bool) -> str:
+    """`validation at step 1,200: mrr .3523  hits@1 .2601  hits@10 .5402  (7.1 s)  best so far`."""
+    cut = f"@{goal.metric.partition('@')[2]}"
+    is_link = "mrr" in record
+    others = ("mrr", "hits@1", "hits@10") if is_link else (f"recall{cut}", f"ndcg{cut}")
+    names = dict.fromkeys((str(goal), *others))
+    numbers = "  ".join(f"{name} {_short(record[name])}" for name in names)
+    place = "best so far" if is_best else f"best at step {record['best_step']:,}"
+    return (
+        f"     validation at step {record['step']:,}: {numbers}  ({record['seconds']:.1f} s)  "
+        f"{place}"
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}".removeprefix("0")
