@@ -1,11 +1,13 @@
 """An earlier run as a source of vectors: names, rows, accumulators and relations, from a step
 folder or from exported parquet files.
 
-`open_previous` takes a run folder (its newest complete step), a step folder, or a folder of
-exported vectors. Names come from the exported `vectors/<table>.parquet` of the run, or else from
-the vocabulary that its config names, if that is still the one the run was made with.
+`open_previous` takes a run folder (the step that validation chose, or else its newest), a step
+folder, or a folder of exported vectors. Names come from the exported `vectors/<table>.parquet` of
+the run, or else from the vocabulary that its config names, if that is still the one the run was
+made with.
 """
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from projects.twhin.vocabulary import META_KEY, fingerprint, read_names
 from tml import checkpoint
 from tml.config import ConfigError, load_config
 from tml.data.parquet import DataError
+from tml.run_folder import METRICS
 
 VECTORS = "vectors"
 INVERSE = ":inverse"
@@ -223,7 +226,8 @@ def open_previous(path: Path) -> Previous:
     if not path.is_dir():
         raise ConfigError(f"warm_start.previous: there is no folder {path}")
     if steps := checkpoint.complete_steps(path):
-        return StepFolder(path / str(steps[-1]))
+        best = _best_step(path)
+        return StepFolder(path / str(best if best in steps else steps[-1]))
     if (path / checkpoint.META).is_file():
         return StepFolder(path)
     tables = [p for p in path.glob("*.parquet") if "vector" in pq.read_schema(p).names]
@@ -233,6 +237,15 @@ def open_previous(path: Path) -> Previous:
         f"warm_start.previous: {path} is neither a run folder with a complete step, nor a step "
         "folder, nor a folder of exported vectors (<table>.parquet)"
     )
+
+
+def _best_step(run: Path) -> int | None:
+    """The step that validation chose, where it did: the one that was exported."""
+    try:
+        found = json.loads((run / METRICS).read_text()).get("best_step")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _first_vector(file: pq.ParquetFile) -> Any:

@@ -12,6 +12,7 @@ SPEC_TYPE=datasetworker one that reads the training data for it (TML_DATASETWORK
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from projects.twhin import dataset_worker, evaluator, export, planted
+from projects.twhin import (
+    dataset_worker,
+    drift,
+    evaluator,
+    export,
+    finite,
+    planted,
+    vocabulary,
+    warm_start,
+)
 from projects.twhin.best import forget_marks
 from projects.twhin.config import DataConfig, TwhinConfig
 from projects.twhin.data import (
@@ -55,12 +65,12 @@ from tml.follow import EVALUATION
 from tml.logs import MetricLog
 from tml.machines import container
 from tml.optimizers import is_optimizer_state, set_learning_rate
-from tml.train import Loop, Progress, StepResult
+from tml.train import DivergedError, Loop, Progress, StepResult
 
 logger = logging.getLogger(__name__)
 
 VECTORS = "vectors"
-RUN_FILES = frozenset([VECTORS, EVALUATION])
+RUN_FILES = frozenset([VECTORS, EVALUATION]) | warm_start.RUN_FILES
 """What a run leaves beside step folders, config and metrics."""
 
 
@@ -98,9 +108,12 @@ def run(
             if held_out is not None:  # what is wrong with it is said now, not after training
                 ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)
         export.check_vocabularies(config.model)
+        vocabularies = vocabulary.fingerprints(config.model) if job.is_chief else {}
 
         # Run folder.
         if job.is_chief:
+            if config.warm_start is not None and _starts_anew(save_dir, overwrite, repeat):
+                warm_start.check(config.warm_start, config.model, save_dir)
             run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
         distributed.barrier()
         log = MetricLog(save_dir, job.rank)
@@ -122,6 +135,9 @@ def run(
         if steps := checkpoint.complete_steps(save_dir):
             folder = save_dir / str(steps[-1])
             meta = checkpoint.load_meta(folder)
+            if job.is_chief:
+                vocabulary.refuse_another(folder, meta, vocabularies)
+            distributed.barrier()
             position = Position.from_json(meta["data_position"])
             progress = Progress.from_json(meta, position, chief=job.is_chief)
             checkpoint.load(folder, state)
@@ -129,7 +145,10 @@ def run(
                 run_folder.announce_changes(folder, config)
             log.say(f"resuming {save_dir} at step {progress.step:,}")
         else:
-            _initialise(config, tables.fill, state)
+            _initialise(config, tables.fill, state, vocabularies)
+            if config.warm_start is not None:
+                warm_start.begin(config, save_dir, model, state, job, log)
+        model.anchors = warm_start.anchors(config, save_dir)
         log.rewind(progress.step)
         if job.is_chief:
             forget_marks(save_dir, progress.step)
@@ -172,7 +191,9 @@ def run(
         progress_at_start = progress.step
 
         def save(progress: Progress) -> None:
+            finite.refuse_infinite(tables, state, progress.step)
             meta = {**progress.to_json(), **run_folder.provenance(job)}
+            meta[vocabulary.META_KEY] = vocabularies
             keep, best = config.training.checkpoint_max_to_keep, kept_steps(save_dir)
             checkpoint.save(save_dir, progress.step, state, meta, to_yaml(config), keep, best)
 
@@ -196,7 +217,11 @@ def run(
         )
         batches = read_batches(reader, layout, data, job, seed, position, progress.step)
         with prefetch(batches) as ahead:
-            stopped_by = loop.run(ahead, progress)
+            try:
+                stopped_by = loop.run(ahead, progress)
+            except DivergedError:
+                finite.refuse_infinite(tables, state, progress.step)  # which row it was
+                raise
         if stopped_by is not None:
             log.say(
                 f"stopped by signal {stopped_by} after step {progress.step:,}; saved, "
@@ -225,6 +250,9 @@ def run(
                 log.console.print(render(report))
                 log.write("metrics", {**ends, **report})
         if job.is_chief:
+            if (moved := drift.of_run(save_dir, vectors.tables)) is not None:
+                report["drift"] = moved
+                log.console.print(drift.render(moved))
             # Also without a report: it says that the run is finished.
             run_folder.write_json(save_dir / run_folder.METRICS, {**ends, **report})
             log.say(f"metrics: {save_dir / run_folder.METRICS}")
@@ -268,12 +296,24 @@ def _validate(
     return {"loss": float(distributed.all_reduce_sum(sums)) / num_edges}
 
 
-def _initialise(config: TwhinConfig, fill: Any, state: dict[str, Any]) -> None:
+def _starts_anew(save_dir: Path, overwrite: bool, repeat: bool) -> bool:
+    """Whether nothing that is in save_dir is gone on from."""
+    if overwrite or not checkpoint.complete_steps(save_dir):
+        return True
+    return repeat and run_folder.is_finished(save_dir)
+
+
+def _initialise(
+    config: TwhinConfig,
+    fill: Any,
+    state: dict[str, Any],
+    vocabularies: vocabulary.Fingerprints,
+) -> None:
     """Start from an earlier model, or tables from files, where the config says so."""
     if config.training.initial_checkpoint_dir is not None:
         folder = Path(config.training.initial_checkpoint_dir)
         model = {name: value for name, value in state.items() if not is_optimizer_state(name)}
-        checkpoint.load_meta(folder)
+        vocabulary.refuse_another(folder, checkpoint.load_meta(folder), vocabularies)
         checkpoint.load(folder, model)
     for table in config.model.embeddings.tables:
         if table.pretrained is None:
@@ -329,6 +369,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="folder that prepare.py wrote; its graph.yaml is laid under the config",
     )
+    parser.add_argument(
+        "--warm_start",
+        metavar="RUN",
+        help="start from the vectors of an earlier run, matched by entity (warm_start.previous)",
+    )
     program.add_overrides(parser)
     parser.add_argument(
         "--overwrite_save_dir", action="store_true", help="remove an earlier run first"
@@ -350,7 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = arguments.graph
         if base is not None and base.is_dir():
             base = base / "graph.yaml"
-        config = load_config(TwhinConfig, arguments.config_yaml_path, arguments.overrides, base)
+        overrides = list(arguments.overrides)
+        if arguments.warm_start is not None:
+            overrides.append(f"warm_start.previous={json.dumps(arguments.warm_start)}")
+        config = load_config(TwhinConfig, arguments.config_yaml_path, overrides, base)
         role = program.role()
         if role == "datasetworker":
             dataset_worker.serve(config)

@@ -14,8 +14,8 @@ class WarmStartConfig(Config):
     """
 
     previous: str
-    """Run folder (its newest step), step folder, or folder of exported vectors. It is read at the
-    start of a run alone; one that is taken up again needs it no more.
+    """Run folder (its best step by validation, or its newest), step folder, or folder of exported
+    vectors. It is read at the start of a run alone; one that is taken up again needs it no more.
     """
     tables: list[str] | None = Field(default=None, min_length=1)
     """Tables that start so. Unset: all that both have."""
