@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -18,9 +19,10 @@ from projects.twhin import planted
 from projects.twhin.config import TwhinConfig
 from projects.twhin.edges import Edges, count_unseen, join, of_relations, spread, spread_users
 from projects.twhin.link_prediction import link_prediction, link_prediction_report
-from projects.twhin.ranking import Report, Scorer, Sums
+from projects.twhin.ranking import CandidateScorer, Report, Sums
 from projects.twhin.report import render
 from projects.twhin.retrieval import retrieval, retrieval_report
+from projects.twhin.sampled import protocol, sampled_link_prediction
 from tml.config import ConfigError
 from tml.distributed import Job
 
@@ -28,7 +30,7 @@ from tml.distributed import Job
 def evaluate_split(
     config: TwhinConfig,
     split: str,
-    vectors: Scorer,
+    vectors: CandidateScorer,
     job: Job,
     all_edges: Mapping[str, Edges | None] | None = None,
 ) -> Report:
@@ -49,11 +51,17 @@ def evaluate_split(
         wanted = [i for i, r in enumerate(relations) if r.name in settings.relations]
         asked = of_relations(asked, wanted)
     shard = (job.rank, job.world_size)
-    report: Report = {"split": split, "unseen": count_unseen(asked, training, relations)}
+    measured = [r.name for r in relations if r.name in (settings.relations or [r.name])]
+    with_edges = {relations[number].name for number in np.unique(asked.rel)}
+    report: Report = {
+        "split": split,
+        "edges": len(asked),
+        "unseen": count_unseen(asked, training, relations),
+        "empty_relations": [name for name in measured if name not in with_edges],
+    }
     if settings.link_prediction:
         ranked = spread(asked, settings.max_edges)
-        sums = link_prediction(vectors, relations, ranked, known, shard)
-        report["link_prediction"] = link_prediction_report(relations, _over_all(sums))
+        report["link_prediction"] = _link_prediction(config, vectors, ranked, known, shard)
         report["link_prediction"]["protocol"] += _share(ranked, asked)
     if settings.retrieval is not None:
         k = settings.retrieval.k
@@ -61,7 +69,7 @@ def evaluate_split(
         sums = retrieval(vectors, relations, ranked, training, k, shard)
         report["retrieval"] = retrieval_report(relations, _over_all(sums), k)
         report["retrieval"]["protocol"] += _share(ranked, asked)
-    if config.planted is not None and split == "test":
+    if config.planted is not None and split == "test" and settings.sampled_candidates is None:
         folder = planted.folder_of(config.train_data.data_root)
         report["planted"] = json.loads((folder / planted.PLANTED).read_text())["optimum"]
     return report
@@ -83,6 +91,22 @@ def read_split(config: TwhinConfig, split: str) -> Edges | None:
     check = EdgeLayout(config.model).check
     columns = read_columns(data.data_root, COLUMNS, data.offset, data.limit, check)
     return Edges(columns["lhs"], columns["rel"], columns["rhs"])
+
+
+def _link_prediction(
+    config: TwhinConfig,
+    vectors: CandidateScorer,
+    ranked: Edges,
+    known: Edges,
+    shard: tuple[int, int],
+) -> Report:
+    relations, number = config.model.relations, config.evaluation.sampled_candidates
+    if number is None:
+        sums = link_prediction(vectors, relations, ranked, known, shard)
+        return link_prediction_report(relations, _over_all(sums))
+    seed = config.training.seed
+    sums = sampled_link_prediction(vectors, relations, ranked, known, number, seed, shard)
+    return link_prediction_report(relations, _over_all(sums), protocol(number))
 
 
 def _share(ranked: Edges, asked: Edges) -> str:

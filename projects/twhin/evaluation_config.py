@@ -86,6 +86,11 @@ class EvaluationConfig(Config):
     """Edges ranked at most, spread evenly over the data; of retrieval those of left-hand entities
     spread evenly; said in the report. Unset: all.
     """
+    sampled_candidates: PositiveInt | None = None
+    """Each true entity is ranked among so many drawn ones of its table instead of all, for tables
+    of millions of rows: a number of its own, not comparable with that of the full protocol. Link
+    prediction alone. Unset: all.
+    """
     during_training: DuringTrainingConfig | None = None
     """Validation by ranking, early stopping and the best checkpoint. Unset: validation_data is
     ranked once training has ended, where there is no test_data, and the last checkpoint counts.
@@ -93,6 +98,11 @@ class EvaluationConfig(Config):
 
     @validator(mode="after")
     def _check(self) -> Self:
+        if self.sampled_candidates is not None and self.retrieval is not None:
+            raise ValueError(
+                "sampled_candidates: retrieval among sampled candidates says little about that "
+                "among all; leave out retrieval, or sampled_candidates"
+            )
         if (during := self.during_training) is None:
             return self
         if during.is_link_prediction and not self.link_prediction:

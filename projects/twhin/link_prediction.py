@@ -26,6 +26,7 @@ from tml import metrics
 
 HITS = (1, 3, 10)
 LINK_METRICS = ("mrr", "mr", *(f"hits@{k}" for k in HITS))
+PROTOCOL = "filtered, all candidates, ties at their mean rank"
 
 
 def link_prediction(
@@ -44,24 +45,31 @@ def link_prediction(
     """
     check_relations(edges, relations)
     rank, world_size = shard
-    sums = np.zeros((len(relations), len(Side), 1 + len(LINK_METRICS)))
+    sums = empty_sums(relations)
     known_groups = Groups(known.rel, len(relations))
     for relation, index in Groups(edges.rel[rank::world_size], len(relations)):
         queries = edges.take(index * world_size + rank)
         truth = known.take(known_groups.members(relation))
         for position, side in enumerate(Side):
             for ranks in _ranks(scorer, relation, side, queries, truth):
-                sums[relation, position] += _sum_ranks(ranks)
+                sums[relation, position] += sum_ranks(ranks)
     return sums
 
 
-def link_prediction_report(relations: Sequence[Relation], sums: Sums) -> Report:
+def empty_sums(relations: Sequence[Relation]) -> Sums:
+    """What `link_prediction` adds to."""
+    return np.zeros((len(relations), len(Side), 1 + len(LINK_METRICS)))
+
+
+def link_prediction_report(
+    relations: Sequence[Relation], sums: Sums, protocol: str = PROTOCOL
+) -> Report:
     """Metrics of each relation and side from the sums of all processes; JSON-able.
 
     `mean` is over all edges and both sides. A relation without edges is left out.
     """
     return {
-        "protocol": "filtered, all candidates, ties at their mean rank",
+        "protocol": protocol,
         "edges": int(sums[:, 0, 0].sum()),
         "mean": _link_means(sums.sum(axis=(0, 1))),
         **{side.value: _link_means(sums[:, i].sum(axis=0)) for i, side in enumerate(Side)},
@@ -95,7 +103,8 @@ def _ranks(
         yield metrics.filtered_ranks(scores, rows_on, targets, (known[0], known[1]))
 
 
-def _sum_ranks(ranks: Tensor) -> Sums:
+def sum_ranks(ranks: Tensor) -> Sums:
+    """Number of ranks (n,), then the sum of each metric over them."""
     values = [torch.ones_like(ranks), metrics.reciprocal_ranks(ranks), ranks]
     values += [metrics.hits(ranks, k) for k in HITS]
     return torch.stack(values).sum(dim=1).cpu().numpy()

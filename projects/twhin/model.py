@@ -618,15 +618,22 @@ class Vectors:
         return cls(config, tables, operators, biases)
 
     @torch.no_grad()
-    def score(self, relation: int, side: str, entities: Tensor) -> Tensor:
-        """Scores of all candidates of one side: "rhs" ranks tails of the heads `entities` (n,),
-        "lhs" heads of the tails → (n, rows of that side's table) float32.
+    def score(
+        self, relation: int, side: str, entities: Tensor, candidates: Tensor | None = None
+    ) -> Tensor:
+        """Scores of the candidates of one side, ids (c,), all where None: "rhs" ranks tails of the
+        heads `entities` (n,), "lhs" heads of the tails → (n, c) float32.
         """
         known = self.relations[relation]
         asking, asked = (known.rhs, known.lhs) if side == "lhs" else (known.lhs, known.rhs)
         numbers = torch.full_like(entities, relation)
         queries = self._scoring.queries(side, self._entities(asking, entities), numbers)
-        return self._scoring.with_all(queries, self._entities(asked))
+        return self._scoring.with_all(queries, self._entities(asked, candidates))
+
+    def num_candidates(self, relation: int, side: str) -> int:
+        """Rows of the table that a side of a relation is in."""
+        known = self.relations[relation]
+        return len(self.tables[known.lhs if side == "lhs" else known.rhs])
 
     def _entities(self, table: str, ids: Tensor | None = None) -> Entities:
         vectors, biases = self.tables[table], self.biases.get(table)

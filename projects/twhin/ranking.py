@@ -37,6 +37,20 @@ class Scorer(Protocol):
         ...
 
 
+class CandidateScorer(Scorer, Protocol):
+    """A model that scores some of a table as well."""
+
+    def score(
+        self, relation: int, side: Side, entities: Tensor, candidates: Tensor | None = None
+    ) -> Tensor:
+        """As Scorer.score; candidates: (c,) int64, ids of those that are scored, all where None."""
+        ...
+
+    def num_candidates(self, relation: int, side: Side) -> int:
+        """Rows of the table that `side` is in."""
+        ...
+
+
 def blocks(scorer: Scorer, relation: int, side: Side, asked: Ids) -> Iterator[slice]:
     """Slices of the queries `asked` whose scores fit into one block."""
     if len(asked):

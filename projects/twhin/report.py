@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from projects.twhin.link_prediction import HITS
 from projects.twhin.ranking import Report
@@ -24,7 +25,17 @@ def render(report: Report) -> RenderableType:
         tables.append(_link_table(report["link_prediction"], report.get("planted")))
     if "retrieval" in report:
         tables.append(_retrieval_table(report["retrieval"]))
-    return Group(*tables)
+    return Group(*tables, *_notes(report))
+
+
+def _notes(report: Report) -> Iterator[Text]:
+    """What of the edges is unusual."""
+    if unseen := report.get("unseen"):
+        edges = f"{unseen:,} of {report['edges']:,} edges"
+        yield Text(f"{edges} hold an entity unseen in training; they are scored as all are")
+    if empty := report.get("empty_relations"):
+        names = ", ".join(map(_shown_name, empty[:3])) + (", …" if len(empty) > 3 else "")
+        yield Text(f"{len(empty)} relation{'s' * (len(empty) > 1)} without an edge here: {names}")
 
 
 def _link_table(report: Report, optimum: Report | None) -> Table:

@@ -132,7 +132,9 @@ class Validation:
         settings = self._config.evaluation.for_training()
         edges = "" if settings.max_edges is None else f", {settings.max_edges:,} edges"
         relations = "" if settings.relations is None else f", {' '.join(settings.relations)}"
-        return f"{self._goal}{edges}{relations}"
+        sampled = settings.sampled_candidates
+        candidates = "" if sampled is None else f", {sampled:,} sampled candidates"
+        return f"{self._goal}{edges}{relations}{candidates}"
 
     def _farewell(self, found: Best) -> str:
         assert found.step is not None
