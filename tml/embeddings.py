@@ -31,6 +31,8 @@ from tml.optimizers import Adagrad, Adam, OptimizerConfig, Sgd
 logger = logging.getLogger(__name__)
 
 INIT_BLOCK_ROWS = 1 << 16
+UPDATE_BLOCK_NUMBERS = 1 << 20
+"""Numbers of a whole table that are updated at a time."""
 
 Ids = dict[str, Tensor]
 Rows = dict[str, Tensor]
@@ -74,6 +76,10 @@ class Tables(nn.Module, ABC):
         """All rows of a table (rows, D) float32; their gradient updates it, together with that of
         rows looked up before the same backward pass.
         """
+        raise NotImplementedError(f"{type(self).__name__} gives out no whole table")
+
+    def whole_and_rows(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows of a table (rows, D), and those at ids (n, D); one gradient for both."""
         raise NotImplementedError(f"{type(self).__name__} gives out no whole table")
 
     @abstractmethod
@@ -263,6 +269,10 @@ class PlainTables(Tables):
         """See Tables."""
         return self._tables[name].look_up(None)
 
+    def whole_and_rows(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See Tables."""
+        return self._tables[name].whole_and_rows(ids)
+
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """See Tables."""
         for table in self._tables.values():
@@ -314,6 +324,11 @@ class _PlainTable:
         assert isinstance(rows, Tensor)
         return rows
 
+    def whole_and_rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows, and those at ids (n, D) float32."""
+        whole, rows = _PlainWhole.apply(self._leaf, self.weight, ids)  # type: ignore[no-untyped-call]
+        return whole, rows
+
     @torch.no_grad()
     def _update(self, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
@@ -327,13 +342,36 @@ class _PlainTable:
 
     def _update_rows(self, rows: Tensor | None, gradient: Tensor) -> None:
         """Change `rows` (n,), all where None, by their gradient (n, D)."""
+        if rows is None and self.weight.dtype == torch.float32:
+            self._update_whole(gradient)
+            return
         step = self._step(rows, gradient)
-        if rows is None and self.weight.dtype == step.dtype:
-            self.weight.sub_(step)
-        elif rows is None:
+        if rows is None:
             self.weight.copy_(self.weight.float() - step)
         else:
             self.weight[rows] = (self.weight[rows].float() - step).to(self.weight.dtype)
+
+    def _update_whole(self, gradient: Tensor) -> None:
+        """Change all rows in place, a block at a time: what is made on the way stays in the
+        processor's cache.
+        """
+        settings = self.spec.optimizer.settings
+        if isinstance(settings, Adam):
+            self.weight.sub_(self._step(None, gradient))
+            return
+        rate = self.learning_rate
+        if isinstance(settings, Sgd):
+            self.weight.add_(gradient, alpha=-rate)
+            return
+        size = max(1, UPDATE_BLOCK_NUMBERS // self.spec.dim)
+        blocks = (self.weight.split(size), self.state["accumulator"].split(size))
+        for weight, squares, change in zip(*blocks, gradient.split(size), strict=True):
+            if squares.dim() == 1:  # row-wise
+                squares += change.square().mean(dim=1)
+                weight.addcdiv_(change, (squares.sqrt() + settings.eps).unsqueeze(1), value=-rate)
+            else:
+                squares.addcmul_(change, change)
+                weight.addcdiv_(change, squares.sqrt().add_(settings.eps), value=-rate)
 
     def _step(self, rows: Tensor | None, gradient: Tensor) -> Tensor:
         """What is subtracted from the rows."""
@@ -388,6 +426,25 @@ class _PlainRows(torch.autograd.Function):
             ctx.ids.unsqueeze(0), gradient, ctx.shape, check_invariants=False
         )
         return sparse, None, None
+
+
+class _PlainWhole(torch.autograd.Function):
+    """All rows of a weight and some of them again; one dense gradient goes to `leaf`."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.ids = ids
+        whole = weight.detach() if weight.dtype == torch.float32 else weight.float()
+        return whole, weight.index_select(0, ids).float()
+
+    @staticmethod
+    def backward(ctx: Any, whole: Tensor, rows: Tensor) -> tuple[Tensor, None, None]:
+        # The gradient is nobody else's; on a GPU index_add_ adds in an order that changes.
+        if whole.is_cuda:
+            whole.index_put_((ctx.ids,), rows, accumulate=True)
+        else:
+            whole.index_add_(0, ctx.ids, rows)
+        return whole, None, None
 
 
 class ShardedTables(Tables):

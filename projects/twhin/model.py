@@ -15,6 +15,13 @@ from torch.nn import functional as F
 
 from projects.twhin import gradients, one_vs_all
 from projects.twhin.anchors import Anchors
+from projects.twhin.asked import (
+    ids_by_table,
+    read_questions,
+    side_loss,
+    side_penalty,
+    split_rows,
+)
 from projects.twhin.config import BIAS, SIDES, DataConfig, LossConfig, ModelConfig, Side
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
@@ -100,6 +107,8 @@ class TwhinModel(nn.Module):
         """
         device = self.get_buffer("weights").device
         batch = batch.to(device)
+        if self._asks_without_doubles(data):
+            return self._forward_asked(batch, data)
         looked_up = self._look_up(batch)
         rows = self._dropped_out(looked_up)
         # Every table takes part in the backward pass of every process, also where its batch has no
@@ -110,10 +119,7 @@ class TwhinModel(nn.Module):
         )
         total = total + sum(part.sum() for part in rows.values() if not len(part))
         sections = self._sections(batch, rows)
-        # What an edge's sides have in common counts half in a pass that asks for one of them, so
-        # that two passes make one epoch of both.
-        is_half = data.grouped and data.asks == "both" and not self._config.reciprocal
-        share = 0.5 if is_half else 1.0
+        share = self._common_share(data)
         whole = self._whole(batch) if data.all_negatives else {}
         for group in batch.groups:
             found = [self._entities(sections, table) for table, _ in group.lookups()]
@@ -128,6 +134,65 @@ class TwhinModel(nn.Module):
                 total = total + share * self._penalty(group, lhs, rhs, batch.sides)
         if self.anchors is not None and self.anchors.pull and torch.is_grad_enabled():
             total = total + share * self._pull(self.anchors, batch, looked_up)
+        return total
+
+    def _common_share(self, data: DataConfig) -> float:
+        """What counts of that which an edge's sides have in common: half in a pass that asks for
+        one of them, so that two passes make one epoch of both.
+        """
+        is_half = data.grouped and data.asks == "both" and not self._config.reciprocal
+        return 0.5 if is_half else 1.0
+
+    def _asks_without_doubles(self, data: DataConfig) -> bool:
+        """Whether `_forward_asked` knows it."""
+        return (
+            data.all_negatives
+            and self.writes_gradients
+            and self.anchors is None
+            and self._config.scores_questions_once(data.asks)
+        )
+
+    def _forward_asked(self, batch: EdgeBatch, data: DataConfig) -> Tensor:
+        """`forward` with all rows as candidates: distinct questions are looked up and scored."""
+        config = self._config
+        settings = config.regularization
+        penalised = torch.is_grad_enabled() and bool(settings.l2 or settings.n3)
+        weights = self.get_buffer("weights")
+        asked = read_questions(
+            batch, weights if self._weighted else None, self.operators, penalised=penalised
+        )
+        whole, rows = {}, {}
+        for name, ids in ids_by_table(asked).items():
+            all_vectors, vectors = self.tables.whole_and_rows(name, ids)
+            all_biases = biases = None
+            if config.biases:
+                found = self.tables.whole_and_rows(name + BIAS, ids)
+                all_biases, biases = found[0][:, 0], found[1][:, 0]
+            whole[name] = Entities(self._drop_out(name, all_vectors), all_biases)
+            rows[name] = Entities(self._drop_out(name, vectors), biases)
+        share = self._common_share(data)
+        total = sum(
+            (parameter.sum() * 0.0 for parameter in self.operators.parameters()),
+            torch.zeros((), device=weights.device),
+        )
+        for one, (asking, answering) in zip(asked, split_rows(asked, rows), strict=True):
+            counts_positive = config.reciprocal or one.side == batch.sides[-1]
+            with torch.autocast(weights.device.type, torch.bfloat16, enabled=self._amp):
+                total = total + side_loss(
+                    one.side,
+                    asking,
+                    one.asking.relation,
+                    whole[one.answer_table],
+                    one.answers,
+                    self._scoring,
+                    config.loss,
+                    share if counts_positive else 0.0,
+                )
+            if answering is not None:
+                of_side = 1.0 if config.reciprocal else share / len(batch.sides)
+                total = total + of_side * side_penalty(
+                    one, asking.vectors, answering.vectors, self.operators, config
+                )
         return total
 
     def _loss(
@@ -161,7 +226,7 @@ class TwhinModel(nn.Module):
         ids = {name: found.to(device) for name, found in batch.ids(names).items()}
         if self._config.biases:
             ids |= {name + BIAS: found for name, found in ids.items()}
-        found = self.tables(ids)
+        found: dict[str, Tensor] = self.tables(ids)
         if self.anchors is not None:
             found = {name: self.anchors.hold(name, ids[name], rows) for name, rows in found.items()}
         return found
@@ -418,7 +483,6 @@ def one_vs_all_loss(
     """What score_with_all and group_loss make together, by `one_vs_all`. Where vectors are dropped
     out of, edges of one question have one mask.
     """
-    temperature = None if config.softmax is None else config.softmax.temperature
     total = torch.zeros((), device=vectors.lhs.vectors.device)
     for side in sides:
         asking, asking_ids, answer_ids, candidates = (
@@ -427,13 +491,12 @@ def one_vs_all_loss(
             else (vectors.lhs, group.lhs, group.rhs, everyone[1])
         )
         questions = one_vs_all.distinct(asking_ids, group.relation)
-        relation = group.relation[questions.first]
-        queries = scoring.queries(side, asking.rows(questions.first), relation)
+        first = questions.first
+        relation = group.relation[first]
         answers = one_vs_all.sort_answers(questions, answer_ids, weight)
-        counts_positive = scoring.reciprocal or side == sides[-1]
-        objective = one_vs_all.Objective(temperature, share if counts_positive else 0.0)
-        total = total + one_vs_all.full_loss(
-            scoring.comparator, queries, candidates, answers, objective
+        own_share = share if scoring.reciprocal or side == sides[-1] else 0.0
+        total = total + side_loss(
+            side, asking.rows(first), relation, candidates, answers, scoring, config, own_share
         )
     return total
 

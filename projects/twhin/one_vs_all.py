@@ -62,11 +62,11 @@ class Objective:
 
 
 def distinct(asking: Tensor, relation: Tensor) -> Questions:
-    """The questions of edges whose asking side is the entities `asking` (n,)."""
-    keys = torch.stack([relation, asking])
-    found, number = torch.unique(keys, dim=1, return_inverse=True)
+    """The questions of edges whose asking side is the entities `asking` (n,), by relation."""
     n = len(asking)
-    first = number.new_full((found.shape[1],), n)
+    keys = relation * (1 << 40) + asking
+    found, number = torch.unique(keys, return_inverse=True)
+    first = number.new_full((len(found),), n)
     first.scatter_reduce_(0, number, torch.arange(n, device=number.device), "amin")
     return Questions(first, number)
 

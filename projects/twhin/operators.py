@@ -80,21 +80,40 @@ class Operators(nn.Module):
         like = self.get_parameter("translations").new_zeros(1).expand(len(relation), self.dim)
         return self._by_kind(like, relation, self._offset)
 
-    def powers(self, relation: Tensor, power: int) -> Tensor:
-        """Σ over the rows' parameters of |θ|^power, complex numbers by their modulus → scalar."""
+    @property
+    def mixes_complex(self) -> bool:
+        """Whether some relations are complex and some are not."""
+        return "complex_diagonal" in self._distinct and len(self._distinct) > 1
+
+    def is_complex(self, relation: Tensor) -> Tensor:
+        """Whether the operator of each row is complex: (n,) bool."""
+        flags = [kind == "complex_diagonal" for kind in self._distinct]
+        return torch.tensor(flags, device=relation.device)[
+            self.get_buffer("kind_numbers")[relation]
+        ]
+
+    def powers(self, relation: Tensor, power: int, counts: Tensor | None = None) -> Tensor:
+        """Σ over the rows' parameters of |θ|^power, complex numbers by their modulus → scalar.
+        counts (n,): what each row counts; None: 1.
+        """
         total = torch.zeros((), device=relation.device)
+        if counts is None:
+            counts = torch.ones(len(relation), device=relation.device)
+        start = 0
         for kind, numbers in self._runs(relation):
+            own = counts[start : start + len(numbers)]
+            start += len(numbers)
             for name in PARAMETERS[kind]:
                 parameter = self.get_parameter(name)
                 if name == "matrices":  # once for each relation: a row's matrix is large
-                    found, counts = torch.unique_consecutive(numbers, return_counts=True)
+                    found, place = torch.unique_consecutive(numbers, return_inverse=True)
                     each = parameter.unbind()
-                    sums = [_power_sum(each[r], power) for r in found.tolist()]
-                    total = total + (torch.stack(sums) * counts).sum()
+                    sums = [_powers(each[r].flatten(), power) for r in found.tolist()]
+                    total = total + torch.stack(sums)[place] @ own
                 else:
                     rows = F.embedding(numbers, parameter)
                     is_complex = name == "complex_diagonals"
-                    total = total + _power_sum(modulus(rows) if is_complex else rows, power)
+                    total = total + _powers(modulus(rows) if is_complex else rows, power) @ own
         return total
 
     def _by_kind(
@@ -180,8 +199,10 @@ def modulus(a: Tensor) -> Tensor:
     return squares.clamp_min(1e-30).sqrt()
 
 
-def _power_sum(values: Tensor, power: int) -> Tensor:
-    return values.square().sum() if power == 2 else values.abs().pow(power).sum()
+def _powers(values: Tensor, power: int) -> Tensor:
+    """(…, D) → (…)."""
+    powers = values.square() if power == 2 else values.abs().pow(power)
+    return powers.sum(dim=-1)
 
 
 def _identity(name: str, num_relations: int, dim: int) -> Tensor:
