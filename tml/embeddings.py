@@ -1,11 +1,12 @@
-"""Embedding tables with their optimizer fused into the backward pass: one interface, three engines.
+"""Embedding tables with their optimizer fused into the backward pass: one interface, four engines.
 
-`FbgemmTables` holds whole tables in one process and calls FBGEMM's table-batched embedding
-directly; `ShardedTables` lets TorchRec cut the rows over the processes; `PlainTables` are torch
-tensors in one process with updates written out here, for what the others cannot do: Adam, bfloat16
-rows, tables looked up as a whole. All look up `ids` (a tensor a table) and give rows (a tensor a
-table); the backward pass of those rows updates the tables, no optimizer step follows. A lookup
-without gradients updates nothing.
+`RowTables` (tml.row_tables) are float32 tables in one process on a processor; `FbgemmTables` hold
+whole tables in one process elsewhere, by FBGEMM's table-batched embedding; `ShardedTables` lets
+TorchRec cut the rows over the processes; `PlainTables` are torch tensors in one process with
+updates written out here, for what the others cannot do: Adam, bfloat16 rows, tables looked up as a
+whole. All look up `ids` (a tensor a table) and give rows (a tensor a table); the backward pass of
+those rows updates the tables, no optimizer step follows. A lookup without gradients updates
+nothing.
 
 Initial rows depend on (seed, table, row) alone, so tables are the same however many processes hold
 them. Saved names are a promise: `tables.<name>.weight` (rows, D), and `tables.<name>.accumulator`:
@@ -149,7 +150,7 @@ def build_tables(
     tables: Tables
     if (reason := _why_plain(specs, as_a_whole=as_a_whole)) is None:
         alone = job.world_size == 1
-        tables = FbgemmTables(specs, job.device) if alone else ShardedTables(specs, job)
+        tables = _whole_tables(specs, job.device) if alone else ShardedTables(specs, job)
     elif job.world_size > 1:
         raise ConfigError(
             f"{reason}, which works in one process alone, not in {job.world_size}; "
@@ -160,6 +161,15 @@ def build_tables(
     for index, spec in enumerate(specs):
         tables.fill(spec.name, NormalRows(seed, index, spec))
     return tables
+
+
+def _whole_tables(specs: Sequence[TableSpec], device: torch.device) -> Tables:
+    """Tables of one process that are looked up by rows."""
+    from tml import row_tables
+
+    if all(row_tables.can_hold(spec, device) for spec in specs):
+        return row_tables.RowTables(specs)
+    return FbgemmTables(specs, device)
 
 
 def _why_plain(specs: Sequence[TableSpec], *, as_a_whole: bool) -> str | None:
@@ -248,7 +258,7 @@ class FbgemmTables(Tables):
     def fill(self, name: str, rows: RowSource) -> None:
         """See Tables."""
         weight = self._engine(name).split_embedding_weights()[0]
-        _copy_rows(weight, rows, 0)
+        copy_rows(weight, rows, 0)
 
     def _engine(self, name: str) -> Any:
         return self._engines[self._number[name]]
@@ -289,7 +299,7 @@ class PlainTables(Tables):
 
     def fill(self, name: str, rows: RowSource) -> None:
         """See Tables."""
-        _copy_rows(self._tables[name].weight, rows, 0)
+        copy_rows(self._tables[name].weight, rows, 0)
 
 
 class _PlainTable:
@@ -571,7 +581,7 @@ class ShardedTables(Tables):
         number = [spec.name for spec in self.specs].index(name)
         weight = self._sharded.state_dict()[_weight(number)]
         for shard in weight.local_shards():
-            _copy_rows(shard.tensor, rows, shard.metadata.shard_offsets[0])
+            copy_rows(shard.tensor, rows, shard.metadata.shard_offsets[0])
 
 
 def _key(number: int) -> str:
@@ -606,7 +616,7 @@ def _torch_optimizer(config: OptimizerConfig) -> tuple[type, dict[str, float]]:
 
 
 @torch.no_grad()
-def _copy_rows(weight: Tensor, rows: RowSource, first_row: int) -> None:
+def copy_rows(weight: Tensor, rows: RowSource, first_row: int) -> None:
     """Fill `weight`, whose first row is the table's row `first_row`, block by block."""
     for start in range(0, len(weight), INIT_BLOCK_ROWS):
         stop = min(start + INIT_BLOCK_ROWS, len(weight))
