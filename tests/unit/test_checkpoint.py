@@ -118,3 +118,14 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint_and_nothing_else(
         checkpoint.save(tmp_path, 2, state(2.0), {}, "", keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     json.loads((tmp_path / "1" / "meta.json").read_text())
+
+
+def test_a_protected_step_stays_beside_the_newest_until_another_one_is(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, step, state(step), {}, "", keep=1, protect=[20])
+    assert checkpoint.complete_steps(tmp_path) == [20, 40]
+    assert checkpoint.load_whole(tmp_path / "20")["translations"].eq(-20).all()
+    checkpoint.remove_old(tmp_path, keep=1, protect=[40])
+    assert checkpoint.complete_steps(tmp_path) == [40]
+    checkpoint.remove_old(tmp_path, keep=None)
+    assert checkpoint.complete_steps(tmp_path) == [40]

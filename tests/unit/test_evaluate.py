@@ -13,7 +13,7 @@ from torch import Tensor
 
 from projects.twhin import ranking
 from projects.twhin.config import RelationConfig
-from projects.twhin.edges import Edges, Side, count_unseen, join, of_relations, spread
+from projects.twhin.edges import Edges, Side, count_unseen, join, of_relations, spread, spread_users
 from projects.twhin.link_prediction import link_prediction, link_prediction_report
 from projects.twhin.ranking import Report
 from projects.twhin.report import render
@@ -246,6 +246,17 @@ def test_spread_takes_edges_from_everywhere() -> None:
     assert spread(all_edges, None) is all_edges
 
 
+def test_spread_users_keeps_all_edges_of_whoever_is_kept() -> None:
+    # 6 users of relation 0 with 2 edges each, and the same of relation 1.
+    triples = [(user, rel, item) for item in (0, 1) for rel in (0, 1) for user in range(6)]
+    all_edges = edges(*triples)
+    found = spread_users(all_edges, 8)
+    kept = list(zip(found.rel.tolist(), found.lhs.tolist(), found.rhs.tolist(), strict=True))
+    assert sorted(kept) == [(r, u, i) for r in (0, 1) for u in (0, 3) for i in (0, 1)]
+    assert spread_users(all_edges, 24) is all_edges
+    assert len(spread_users(all_edges, 1)) == 2
+
+
 def test_of_relations_keeps_the_order() -> None:
     all_edges = edges((0, 2, 0), (1, 0, 0), (2, 1, 0), (3, 2, 0))
     assert of_relations(all_edges, [2, 1]).lhs.tolist() == [0, 2, 3]
@@ -299,3 +310,16 @@ def test_the_optimum_of_a_planted_graph_stands_beside_the_model() -> None:
     text = shown({"link_prediction": report, "planted": best})
     assert "best" in text
     assert "50.0%" in text
+
+
+def test_unseen_entities_and_empty_relations_are_told() -> None:
+    test = edges((0, 0, 1))
+    sums = link_prediction(TableScorer(SCORES), names(1), test, test)
+    report = {"link_prediction": link_prediction_report(names(1), sums), "edges": 12, "unseen": 3}
+    report["empty_relations"] = ["a[b]", "c", "d", "e"]
+    text = shown(report)
+    assert "3 of 12 edges hold an entity unseen in training" in text
+    assert "4 relations without an edge here: a[b], c, d, …" in text
+    text = shown({**report, "unseen": 0, "empty_relations": ["c"]})
+    assert "unseen" not in text
+    assert "1 relation without an edge here: c" in text
