@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "projects" / "twhin" / "run.py"
 NUM_ROWS, NUM_EDGES, DIM = 120, 1500, 16
 STEPS = 10
-"""Of 150 edges: one epoch."""
+"""Of 150 edges: one epoch, or two grouped passes over half the edges."""
 
 COMPLEX: dict[str, Any] = {
     "operator": "complex_diagonal",
@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], set[st
     "complex": (
         COMPLEX,
         {"optimizer": {"adagrad": {"lr": 0.1}}},
-        {"all_negatives": True},
+        {"all_negatives": True, "grouped": True, "limit": NUM_EDGES // 2},
         {
             "tables.entity.weight",
             "tables.entity.accumulator",
@@ -83,7 +83,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_tree(graph: Path, variant: str) -> dict[str, Any]:
     model, table, data, _ = VARIANTS[variant]
     return {
-        "training": {"num_epochs": 1, "train_log_every_n": 5},
+        "training": {"num_epochs": 2 if "grouped" in data else 1, "train_log_every_n": 5},
         "model": {
             "embeddings": {
                 "tables": [

@@ -168,6 +168,55 @@ def test_all_negatives_of_a_large_table_are_refused_with_the_numbers() -> None:
     build_config(TwhinConfig, tree, "test")
     tree["training"] = {"gradient_accumulation": 2}
     assert "536 edges a batch" in refusal(tree)
+    # By distinct questions, a block of them at a time.
+    tree["train_data"] |= {"grouped": True, "asks": "rhs"}
+    build_config(TwhinConfig, tree, "test")
+
+
+def test_grouped_passes_need_all_negatives_and_ask_for_both_sides_as_often() -> None:
+    tree = minimal()
+    tree["train_data"] |= {"grouped": True}
+    assert "train_data: grouped: it saves products with all rows of a table" in refusal(tree)
+    tree["train_data"] |= {"all_negatives": True, "in_batch_negatives": 0}
+    for passes in (1, 3):
+        tree["training"] = {"num_epochs": passes}
+        message = refusal(tree)
+        assert "training.num_epochs: with train_data.grouped a pass asks for one side" in message
+        assert f"make it {passes + 1} (two passes are one epoch" in message
+    data = build_config(TwhinConfig, {**tree, "training": {"num_epochs": 2}}, "test").train_data
+    assert [data.sides(epoch) for epoch in range(4)] == [("rhs",), ("lhs",)] * 2
+    for side in ("lhs", "rhs"):
+        tree["train_data"]["asks"] = side
+        data = build_config(TwhinConfig, tree, "test").train_data
+        assert [data.sides(epoch) for epoch in range(3)] == [(side,)] * 3
+    tree["validation_data"] = {**tree["train_data"]}
+    assert "validation_data.grouped: it is for passes of training" in refusal(tree)
+
+
+def test_grouped_passes_are_refused_where_a_question_is_not_scored_once() -> None:
+    tree = minimal()
+    tree["train_data"] |= {"all_negatives": True, "in_batch_negatives": 0, "grouped": True}
+    tree["training"] = {"num_epochs": 2}
+    tree["model"]["loss"] = {"margin_ranking": {}}
+    assert "train_data.grouped: a question is scored once with the losses softmax" in refusal(tree)
+    tree["model"]["loss"] = {"logistic": {"negatives": "mean"}}
+    assert "train_data.grouped" in refusal(tree)
+    tree["model"] |= {"loss": {"softmax": {}}, "comparator": "l2"}
+    build_config(TwhinConfig, tree, "test")
+    tree["model"]["relations"][0]["operator"] = "diagonal"
+    assert "no candidate goes through a relation's operator" in refusal(tree)
+    build_config(TwhinConfig, {**tree, "model": {**tree["model"], "reciprocal": True}}, "test")
+    tree["train_data"]["asks"] = "rhs"
+    build_config(TwhinConfig, tree, "test")
+
+
+def test_precision_is_given_or_chosen() -> None:
+    tree = minimal()
+    for value in (True, False, "auto"):
+        tree["runtime"] = {"enable_amp": value}
+        assert build_config(TwhinConfig, tree, "test").runtime.enable_amp == value
+    tree["runtime"] = {"enable_amp": "some"}
+    assert "runtime.enable_amp" in refusal(tree)
 
 
 def test_validation_compares_with_all_only_where_training_does() -> None:
