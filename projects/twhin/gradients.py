@@ -1,63 +1,64 @@
-"""Losses of dot products with their gradients written out: what `scoring` and `tml.losses` say, for
-the time and memory of four matrix products a side.
+"""Losses of edges with drawn negatives, their gradients written out: what `scoring` and
+`tml.losses` say, for the time and memory of three batched products a side.
 
-Each function computes the loss and all gradients going forward, in the one matrix of scores:
-exponentials and then their derivatives take its place. Going backward only multiplies by what comes
-from above. Autograd would keep four such matrices and pass over each several times.
+Going forward, exponentials and then the derivatives take the place of the scores in their one
+matrix; going backward, it is multiplied with the vectors. Autograd would keep several such matrices
+and pass over each many times.
 
-    softmax, scores x / T of the true one p and the negatives x_k:
-        loss = log(e^p + Σ e^x_k) − p,   ∂x_k = softmax_k / T,   ∂p = (softmax_p − 1) / T
-    logistic:
-        loss = log(1 + e^−p) + Σ log(1 + e^x_k),   ∂x_k = σ(x_k),   ∂p = −σ(−p)
-    and of the vectors of scores X = Q Cᵀ:   ∂Q = ∂X C,   ∂C = ∂Xᵀ Q
+    of scores x_k and the true one's p, divided by the temperature T for the softmax:
+        softmax    log(e^p + Σ e^x_k) − p             ∂x_k = softmax_k / T, ∂p = (softmax_p − 1) / T
+        logistic   log(1 + e^−p) + Σ log(1 + e^x_k)   ∂x_k = σ(x_k), ∂p = −σ(−p)
+        margin     Σ max(0, m − p + x_k)              ∂x_k = 1 where above 0, ∂p = −Σ ∂x_k
+    of queries q and candidates c:
+        dot         x = ⟨q, c⟩       ∂q = Σ_c ∂x c, ∂c = Σ_q ∂x q
+        squared_l2  x = −‖q − c‖²    ∂q = 2 Σ_c ∂x (c − q), ∂c = 2 Σ_q ∂x (q − c)
+        l2          x = −‖q − c‖     the same with ∂x / ‖q − c‖ in place of 2 ∂x
+
+What is the same for all candidates of a query has no part in softmax and margin: `needs_extra`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from projects.twhin.comparators import wide
+from projects.twhin.comparators import SMALLEST_SQUARE, Comparator, wide
 from projects.twhin.scoring import Entities, Queries, chunked
+
+SMALLEST_ROOT = 1.001 * SMALLEST_SQUARE**0.5
+"""A distance that is no greater has no gradient."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """Which loss."""
 
-    temperature: float | None
-    """Of the softmax; None: logistic."""
+    temperature: float | None = None
+    """Of the softmax; None: another loss."""
+    margin: float | None = None
+    """Of the margin ranking; with neither: logistic."""
     counts_positive: bool = True
     """False: the logistic term of the positive is left out."""
 
+    @property
+    def needs_extra(self) -> bool:
+        """Whether numbers that all candidates of a query share change the loss."""
+        return self.temperature is None and self.margin is None
 
-def shared_loss(
-    queries: Queries,
-    true: Entities,
-    negatives: Entities,
-    masked: Tensor,
-    log_counts: Tensor | None,
-    weight: Tensor | None,
-    objective: Objective,
-    chunk_size: int,
-) -> Tensor:
-    """Sum of the losses of queries (n, D) with their true entities (n, D) and the negatives
-    (chunks, K, D) that those of a chunk share; masked and log_counts (n, K), weight (n,) → scalar.
-    """
-    rest = (masked, log_counts, weight, objective, chunk_size)
-    found = _Shared.apply(  # type: ignore[no-untyped-call]
-        queries.vectors,
-        queries.extra,
-        true.vectors,
-        true.biases,
-        negatives.vectors,
-        negatives.biases,
-        rest,
-    )
-    assert isinstance(found, Tensor)
-    return found
+
+@dataclass(frozen=True)
+class Negatives:
+    """Candidates that the queries of a chunk share."""
+
+    entities: Entities  # (chunks, K, D)
+    chunk_size: int
+    hidden: Tensor
+    """Accidental hits: (n, K) bool, or their places in (n, K) as one row of numbers."""
+    log_counts: Tensor | None = None  # (chunks, K)
 
 
 class Written(torch.autograd.Function):
@@ -70,70 +71,231 @@ class Written(torch.autograd.Function):
         return tuple(one if one is None else one.mul_(above[0]) for one in gradients)
 
 
-class _Shared(Written):
+def accidental_hits(true_ids: Tensor, ids: Tensor, chunk_size: int) -> Tensor:
+    """Where a negative is the query's true entity: `Negatives.hidden` of true_ids (n,) and ids
+    (chunks, K).
+    """
+    true = chunked(true_ids, chunk_size, padding=-1)
+    if ids.is_cuda:
+        return (true.unsqueeze(2) == ids.unsqueeze(1)).flatten(0, 1)[: len(true_ids)]
+    # They are few: numpy finds them in a fifth of the time that a mask takes to make and to apply.
+    same = true.numpy()[:, :, None] == ids.numpy()[:, None, :]
+    return torch.from_numpy(np.flatnonzero(same))
+
+
+def shared_loss(
+    comparator: Comparator,
+    queries: Queries,
+    true: Entities,
+    negatives: Sequence[Negatives],
+    weight: Tensor | None,
+    objective: Objective,
+) -> Tensor:
+    """Sum of the losses of queries (n, D) with their true entities (n, D) and all `negatives`;
+    weight (n,), None: 1 → scalar.
+    """
+    assert queries.relation is None, "candidates that go through an operator are scored by autograd"
+    vectors = [queries.vectors, true.vectors, *(one.entities.vectors for one in negatives)]
+    if comparator == "cosine":
+        vectors = [F.normalize(one, dim=-1) for one in vectors]
+    rest = (comparator, negatives, weight, objective)
+    extra = queries.extra if objective.needs_extra else None
+    biases = [one.entities.biases for one in negatives]
+    found = _Shared.apply(rest, extra, true.biases, *vectors, *biases)  # type: ignore[no-untyped-call]
+    assert isinstance(found, Tensor)
+    return found
+
+
+class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        queries: Tensor,
+        rest: tuple[Comparator, Sequence[Negatives], Tensor | None, Objective],
         extra: Tensor | None,
-        true: Tensor,
         true_bias: Tensor | None,
-        negatives: Tensor,
-        negative_bias: Tensor | None,
-        rest: tuple[Tensor, Tensor | None, Tensor | None, Objective, int],
+        queries: Tensor,
+        true: Tensor,
+        *more: Tensor | None,
     ) -> Tensor:
-        masked, log_counts, weight, objective, chunk_size = rest
-        n = len(queries)
-        together = chunked(queries, chunk_size)  # (chunks, C, D)
-        scores = wide(torch.bmm(together, negatives.transpose(1, 2)))  # (chunks, C, K)
-        if negative_bias is not None:
-            scores += negative_bias.unsqueeze(1)
-        rows = scores.flatten(0, 1)  # the same memory
-        rows[n:] = 0.0
-        rows = rows[:n]
-        positive = (queries * true).sum(dim=1)
-        if extra is not None:
-            rows += extra.unsqueeze(1)
-            positive += extra
+        comparator, negatives, weight, objective = rest
+        vectors, biases = more[: len(negatives)], more[len(negatives) :]
+        products = _Dots() if comparator in ("dot", "cosine") else _Distances(comparator)
+        positive = products.pairs(queries, true)
         if true_bias is not None:
             positive += true_bias
-        if objective.temperature is None:
-            loss, d_positive = _logistic(positive, rows, masked, weight, objective.counts_positive)
-        else:
-            t = objective.temperature
-            loss, d_positive = _softmax(positive, rows, masked, log_counts, weight, t)
-        ctx.gradients = None
+        if extra is not None:
+            positive += extra
+        t = objective.temperature or 1.0
+        matrices = []  # (chunks · C, K) each
+        for one, candidates, bias in zip(negatives, vectors, biases, strict=True):
+            assert candidates is not None
+            scores = products.shared(chunked(queries, one.chunk_size), candidates)
+            if bias is not None:
+                scores += bias.unsqueeze(1)
+            if t != 1.0:
+                scores /= t
+            if one.log_counts is not None:
+                scores -= one.log_counts.unsqueeze(1)
+            matrices.append(scores.flatten(0, 1))
+        n = len(queries)
+        rows = [matrix[:n] for matrix in matrices]
+        for one, own in zip(negatives, rows, strict=True):
+            if one.hidden.dtype == torch.bool:
+                own.masked_fill_(one.hidden, -torch.inf)
+            else:
+                own.view(-1).index_fill_(0, one.hidden, -torch.inf)
+        together = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        if extra is not None:
+            together += extra.unsqueeze(1)
+        loss, d_positive = _derive(positive, together, weight, objective)
         if any(ctx.needs_input_grad):
-            d_queries = wide(torch.bmm(scores, negatives)).flatten(0, 1)[:n]
-            d_queries.addcmul_(d_positive.unsqueeze(1), true)
-            ctx.gradients = (
-                d_queries,
-                None if extra is None else rows.sum(dim=1).add_(d_positive),
-                queries * d_positive.unsqueeze(1),
-                None if true_bias is None else d_positive,
-                wide(torch.bmm(scores.transpose(1, 2), together)),
-                None if negative_bias is None else scores.sum(dim=1),
-                None,
-            )
+            if len(rows) > 1:
+                torch.split_with_sizes_copy(together, [own.shape[1] for own in rows], 1, out=rows)
+            for matrix in matrices:
+                matrix[n:] = 0.0
+            ctx.made = (products, matrices, d_positive, extra is not None, rest)
+            ctx.half = torch.is_autocast_enabled(queries.device.type)
+            ctx.save_for_backward(true_bias, queries, true, *more)
         return loss
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
+        assert ctx.made is not None, "backward goes through a hand-written loss once"
+        (products, matrices, d_positive, has_extra, rest), ctx.made = ctx.made, None
+        negatives = rest[1]
+        true_bias, queries, true, *more = ctx.saved_tensors
+        vectors, biases = more[: len(negatives)], more[len(negatives) :]
+        n = len(queries)
+        d_positive = d_positive * above[0]
+        d_extra = d_positive.clone() if has_extra else None
+        d_true_bias = None if true_bias is None else d_positive
+        d_queries: Tensor | None = None
+        d_vectors, d_biases = [], []
+        with torch.autocast(queries.device.type, torch.bfloat16, enabled=ctx.half):
+            for number, (one, candidates) in enumerate(zip(negatives, vectors, strict=True)):
+                d = matrices[number].mul_(above[0]).view(len(candidates), -1, candidates.shape[1])
+                if d_extra is not None:
+                    d_extra += d.sum(dim=2).flatten()[:n]
+                d_biases.append(None if biases[number] is None else d.sum(dim=1))
+                asked = chunked(queries, one.chunk_size)
+                d_asked, d_candidates = products.derive_shared(number, d, asked, candidates)
+                d_asked = d_asked.flatten(0, 1)[:n]
+                d_queries = d_asked if d_queries is None else d_queries.add_(d_asked)
+                d_vectors.append(d_candidates)
+        assert d_queries is not None
+        d_true = products.derive_pairs(d_positive, queries, true, d_queries)
+        return (None, d_extra, d_true_bias, d_queries, d_true, *d_vectors, *d_biases)
+
+
+class _Dots:
+    """Scores by dot products, in bfloat16 under autocast."""
+
+    def pairs(self, queries: Tensor, true: Tensor) -> Tensor:
+        with torch.autocast(queries.device.type, enabled=False):
+            return torch.einsum("nd,nd->n", queries, true)
+
+    def shared(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """(chunks, C, D) and (chunks, K, D) → (chunks, C, K)."""
+        return wide(torch.bmm(queries, candidates.transpose(1, 2)))
+
+    def derive_shared(
+        self, number: int, d: Tensor, queries: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of queries and candidates; d (chunks, C, K) is that of their scores."""
+        return wide(torch.bmm(d, candidates)), wide(torch.bmm(d.transpose(1, 2), queries))
+
+    def derive_pairs(self, d: Tensor, queries: Tensor, true: Tensor, d_queries: Tensor) -> Tensor:
+        """Gradient of `true`; that of the queries is added to d_queries."""
+        d = d.unsqueeze(1)
+        d_queries.addcmul_(d, true)
+        return queries * d
+
+
+class _Distances:
+    """Scores −‖q − c‖² or its root, by ‖q‖² + ‖c‖² − 2⟨q, c⟩. Large numbers cancel: never in
+    bfloat16.
+    """
+
+    def __init__(self, comparator: Comparator) -> None:
+        self._has_root = comparator == "l2"
+        self._scale = 1.0 if self._has_root else 2.0
+        self._roots: list[Tensor] = []
+        self._true_roots: Tensor | None = None
+
+    def pairs(self, queries: Tensor, true: Tensor) -> Tensor:
+        squares = (queries - true).square_().sum(dim=1)
+        if not self._has_root:
+            return squares.neg_()
+        self._true_roots = squares.clamp_min_(SMALLEST_SQUARE).sqrt_()
+        return self._true_roots.neg()
+
+    def shared(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """See _Dots."""
+        with torch.autocast(queries.device.type, enabled=False):
+            squares = torch.baddbmm(
+                candidates.square().sum(dim=2).unsqueeze(1),
+                queries,
+                candidates.transpose(1, 2),
+                alpha=-2,
+            )
+        squares += queries.square().sum(dim=2, keepdim=True)
+        if not self._has_root:
+            return squares.clamp_min_(0.0).neg_()
+        roots = squares.clamp_min_(SMALLEST_SQUARE).sqrt_()
+        self._roots.append(roots)
+        return roots.neg()
+
+    def derive_shared(
+        self, number: int, d: Tensor, queries: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See _Dots."""
+        if self._has_root:
+            roots = self._roots[number]
+            d.div_(roots).masked_fill_(roots <= SMALLEST_ROOT, 0.0)
+        with torch.autocast(queries.device.type, enabled=False):
+            d_queries = torch.baddbmm(
+                queries * d.sum(dim=2, keepdim=True),
+                d,
+                candidates,
+                beta=-self._scale,
+                alpha=self._scale,
+            )
+            transposed = d.transpose(1, 2)
+            d_candidates = torch.baddbmm(
+                candidates * transposed.sum(dim=2, keepdim=True),
+                transposed,
+                queries,
+                beta=-self._scale,
+                alpha=self._scale,
+            )
+        return d_queries, d_candidates
+
+    def derive_pairs(self, d: Tensor, queries: Tensor, true: Tensor, d_queries: Tensor) -> Tensor:
+        """See _Dots."""
+        if self._true_roots is not None:
+            roots = self._true_roots
+            d = (d / roots).masked_fill_(roots <= SMALLEST_ROOT, 0.0)
+        d_true = (queries - true).mul_((d * self._scale).unsqueeze(1))
+        d_queries -= d_true
+        return d_true
+
+
+def _derive(
+    positive: Tensor, negative: Tensor, weight: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """(loss, ∂positive); negative (n, K) becomes its own derivative, 0 where it is −∞."""
+    if objective.temperature is not None:
+        return _softmax(positive, negative, weight, objective.temperature)
+    if objective.margin is not None:
+        return _margin(positive, negative, weight, objective.margin)
+    return _logistic(positive, negative, weight, counts_positive=objective.counts_positive)
 
 
 def _softmax(
-    positive: Tensor,
-    negative: Tensor,
-    masked: Tensor | None,
-    log_counts: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
+    positive: Tensor, negative: Tensor, weight: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, ∂positive); negative (n, K) becomes its own derivative."""
+    """See _derive; `negative` is divided by the temperature already."""
     positive = positive / temperature
-    if temperature != 1.0:
-        negative /= temperature
-    if log_counts is not None:
-        negative -= log_counts
-    if masked is not None:
-        negative.masked_fill_(masked, -torch.inf)
     top = torch.maximum(negative.amax(dim=1), positive)
     negative.sub_(top.unsqueeze(1)).exp_()
     own = (positive - top).exp_()
@@ -145,15 +307,9 @@ def _softmax(
 
 
 def _logistic(
-    positive: Tensor,
-    negative: Tensor,
-    masked: Tensor | None,
-    weight: Tensor | None,
-    counts_positive: bool,
+    positive: Tensor, negative: Tensor, weight: Tensor | None, *, counts_positive: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, ∂positive); negative (n, K) becomes its own derivative."""
-    if masked is not None:
-        negative.masked_fill_(masked, -torch.inf)
+    """See _derive."""
     loss = F.softplus(negative).sum(dim=1)
     negative.sigmoid_()
     d_positive = torch.zeros_like(positive)
@@ -164,6 +320,18 @@ def _logistic(
         negative *= weight.unsqueeze(1)
         d_positive *= weight
     return _weighted(loss, weight), d_positive
+
+
+def _margin(
+    positive: Tensor, negative: Tensor, weight: Tensor | None, margin: float
+) -> tuple[Tensor, Tensor]:
+    """See _derive."""
+    negative.add_((margin - positive).unsqueeze(1)).relu_()
+    loss = negative.sum(dim=1)
+    negative.sign_()
+    if weight is not None:
+        negative *= weight.unsqueeze(1)
+    return _weighted(loss, weight), -negative.sum(dim=1)
 
 
 def _weighted(loss: Tensor, weight: Tensor | None) -> Tensor:

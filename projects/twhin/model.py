@@ -4,6 +4,7 @@ What scores an edge is in `scoring`; here are the looked-up vectors of a batch, 
 each side with accidental hits masked, and the loss of both.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -502,13 +503,14 @@ def one_vs_all_loss(
 
 
 def has_written_gradients(config: LossConfig, scoring: Scoring, data: DataConfig) -> bool:
-    """Whether `written_loss` knows it: dot, softmax or logistic, no in-batch negatives."""
-    is_sum = config.logistic is not None and config.logistic.negatives == "sum"
+    """Whether `written_loss` knows it: all but the logistic loss by the mean, and candidates that
+    go through operators.
+    """
+    is_mean = config.logistic is not None and config.logistic.negatives == "mean"
     return (
-        scoring.comparator == "dot"
-        and (config.softmax is not None or is_sum)
-        and not data.in_batch_negatives
-        and data.global_negatives > 0
+        not is_mean
+        and (scoring.reciprocal or scoring.heads_by_product)
+        and bool(data.global_negatives or data.in_batch_negatives)
     )
 
 
@@ -522,35 +524,49 @@ def written_loss(
     sides: tuple[Side, ...],
 ) -> Tensor:
     """What score_group and group_loss make together, by `gradients`."""
-    temperature = None if config.softmax is None else config.softmax.temperature
+    objective = gradients.Objective(
+        None if config.softmax is None else config.softmax.temperature,
+        None if config.margin_ranking is None else config.margin_ranking.margin,
+    )
+    in_batch = None
+    if size := data.in_batch_negatives:
+        in_batch = in_batch_mask(group, size + 1)
     total = torch.zeros((), device=vectors.lhs.vectors.device)
     for side in sides:
-        asking, true, true_ids, negatives, ids, log_counts = (
-            (
-                vectors.rhs,
-                vectors.lhs,
-                group.lhs,
-                vectors.lhs_negatives,
-                group.lhs_negatives,
-                group.lhs_log_counts,
-            )
-            if side == "lhs"
-            else (
-                vectors.lhs,
-                vectors.rhs,
-                group.rhs,
-                vectors.rhs_negatives,
-                group.rhs_negatives,
-                group.rhs_log_counts,
-            )
-        )
-        queries = scoring.queries(side, asking, group.relation)
-        objective = gradients.Objective(temperature, scoring.reciprocal or side == sides[-1])
-        shared, masked, counts = _shared(true_ids, negatives, ids, log_counts, data.chunk_size)
+        asking, true = (vectors.rhs, vectors.lhs) if side == "lhs" else (vectors.lhs, vectors.rhs)
+        queries = scoring.queries(side, asking, group.relation, needs_extra=objective.needs_extra)
+        negatives = []
+        if data.global_negatives:
+            negatives.append(_drawn(group, side, vectors, data.chunk_size))
+        if in_batch is not None:
+            mask = in_batch.transpose(1, 2) if side == "lhs" else in_batch
+            hidden = mask.flatten(0, 1)[: len(group.lhs)]
+            negatives.append(gradients.Negatives(true.chunks(size + 1), size + 1, hidden))
+        counts = scoring.reciprocal or side == sides[-1]
         total = total + gradients.shared_loss(
-            queries, true, shared, masked, counts, weight, objective, data.chunk_size
+            scoring.comparator,
+            queries,
+            true,
+            negatives,
+            weight,
+            dataclasses.replace(objective, counts_positive=counts),
         )
     return total
+
+
+def _drawn(group: Group, side: Side, vectors: EdgeVectors, chunk_size: int) -> gradients.Negatives:
+    """The drawn negatives of a side."""
+    true_ids, ids, log_counts, drawn = (
+        (group.lhs, group.lhs_negatives, group.lhs_log_counts, vectors.lhs_negatives)
+        if side == "lhs"
+        else (group.rhs, group.rhs_negatives, group.rhs_log_counts, vectors.rhs_negatives)
+    )
+    by_chunk = Entities(
+        drawn.vectors.view(*ids.shape, -1),
+        None if drawn.biases is None else drawn.biases.view(ids.shape),
+    )
+    hidden = gradients.accidental_hits(true_ids, ids, chunk_size)
+    return gradients.Negatives(by_chunk, chunk_size, hidden, log_counts)
 
 
 def _shared(

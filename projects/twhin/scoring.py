@@ -71,24 +71,29 @@ class Scoring:
         self.comparator = comparator
         self.reciprocal = reciprocal
         self._num_relations = len(relations)
-        self._heads_by_product = moves_to_the_query(
+        self.heads_by_product = moves_to_the_query(
             comparator, [relation.operator for relation in relations]
         )
 
-    def queries(self, side: str, entities: Entities, relation: Tensor) -> Queries:
-        """Ask for `side` of the edges whose other side is `entities` (n, D), of `relation` (n,)."""
-        vectors, extra = entities.vectors, entities.biases
+    def queries(
+        self, side: str, entities: Entities, relation: Tensor, *, needs_extra: bool = True
+    ) -> Queries:
+        """Ask for `side` of the edges whose other side is `entities` (n, D), of `relation` (n,).
+        needs_extra: False leaves out the numbers that all candidates of a query share.
+        """
+        vectors, extra = entities.vectors, entities.biases if needs_extra else None
         if side == "rhs":
             return Queries(self.operators.apply_to(vectors, relation), extra)
         if self.reciprocal:
             inverse = relation + self._num_relations
             return Queries(self.operators.apply_to(vectors, inverse), extra)
-        if not self._heads_by_product:
+        if not self.heads_by_product:
             return Queries(vectors, extra, relation)
-        offset = self.operators.offset(relation)
-        if self.comparator in ("l2", "squared_l2"):
+        is_distance = self.comparator in ("l2", "squared_l2")
+        offset = self.operators.offset(relation) if is_distance or needs_extra else None
+        if is_distance:
             return Queries(vectors if offset is None else vectors - offset, extra)
-        if offset is not None:
+        if offset is not None and needs_extra:
             moved = (offset * vectors).sum(dim=1)
             extra = moved if extra is None else extra + moved
         return Queries(self.operators.transpose(vectors, relation), extra)

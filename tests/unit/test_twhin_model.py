@@ -11,7 +11,15 @@ from torch import Tensor
 
 from projects.twhin.config import DataConfig, ModelConfig
 from projects.twhin.data import EdgeBatch, EdgeLayout, to_batch
-from projects.twhin.model import TwhinModel, Vectors, seed_dropout, table_specs
+from projects.twhin.model import (
+    TwhinModel,
+    Vectors,
+    build_operators,
+    build_scoring,
+    has_written_gradients,
+    seed_dropout,
+    table_specs,
+)
 from tml.distributed import Job
 from tml.embeddings import ArrayRows, Tables, build_tables
 
@@ -574,6 +582,57 @@ def test_half_precision_that_overflows_ends_as_a_loss_that_is_no_number() -> Non
     assert not torch.isfinite(model(batch, data))
 
 
+def gradients_both_ways(
+    config: ModelConfig, data: DataConfig, n: int = 11
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of all tables and parameters: written out, and by autograd."""
+    batch = full_batch(config, data, n=n)
+    found = []
+    for written in (True, False):
+        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
+        if config.biases:
+            start = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+            tables.fill("e.bias", ArrayRows(start))
+        model = TwhinModel(config, tables, seed=2)
+        model.writes_gradients = written
+        before = weights(tables)
+        value = model(batch, data)
+        (value * 0.5).backward()
+        gradients = {name: before[name] - after for name, after in weights(tables).items()}
+        for name, parameter in model.relation_parameters().items():
+            assert parameter.grad is not None
+            gradients[name] = parameter.grad
+        found.append((value.detach(), gradients))
+        with torch.no_grad():
+            model(batch, data)
+    return found
+
+
+def assert_equal_both_ways(found: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+    (value, written_out), (expected, by_autograd) = found
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in by_autograd.items():
+        torch.testing.assert_close(written_out[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("comparator", ["dot", "cosine", "l2", "squared_l2"])
+@pytest.mark.parametrize(
+    "loss", [{"softmax": {"temperature": 0.5}}, {"logistic": {}}, {"margin_ranking": {"margin": 1}}]
+)
+@pytest.mark.parametrize(("drawn", "in_batch"), [(4, 0), (0, 3), (4, 3)])
+def test_written_gradients_of_sampled_negatives_are_those_of_autograd(
+    comparator: str, loss: dict[str, Any], drawn: int, in_batch: int
+) -> None:
+    operator = "identity" if comparator == "cosine" else "translation"
+    config = full_config(operator, loss, comparator=comparator, biases=True)
+    data = DataConfig(
+        data_root="x", global_negatives=drawn, in_batch_negatives=in_batch, chunk_size=3
+    )
+    scoring = build_scoring(config, build_operators(config))
+    assert has_written_gradients(config.loss, scoring, data)
+    assert_equal_both_ways(gradients_both_ways(config, data))
+
+
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("reciprocal", [False, True])
 @pytest.mark.parametrize(
@@ -596,29 +655,7 @@ def test_written_gradients_are_those_of_autograd(
     data = DataConfig(
         data_root="x", global_negatives=0 if everyone else 4, all_negatives=everyone, chunk_size=3
     )
-    batch = full_batch(config, data, n=11)
-    found = []
-    for written in (True, False):
-        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
-        if biases:
-            start = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
-            tables.fill("e.bias", ArrayRows(start))
-        model = TwhinModel(config, tables, seed=2)
-        model.writes_gradients = written
-        before = weights(tables)
-        value = model(batch, data)
-        (value * 0.5).backward()
-        gradients = {name: before[name] - after for name, after in weights(tables).items()}
-        for name, parameter in model.relation_parameters().items():
-            assert parameter.grad is not None
-            gradients[name] = parameter.grad
-        found.append((value.detach(), gradients))
-        with torch.no_grad():
-            model(batch, data)
-    (value, written_out), (expected, by_autograd) = found
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
-    for name, gradient in by_autograd.items():
-        torch.testing.assert_close(written_out[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    assert_equal_both_ways(gradients_both_ways(config, data))
 
 
 def test_written_gradients_of_huge_scores_stay_finite() -> None:
