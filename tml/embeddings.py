@@ -467,6 +467,12 @@ class ShardedTables(Tables):
 
     def __init__(self, specs: Sequence[TableSpec], job: Job) -> None:
         super().__init__(specs)
+        dims = {spec.name: spec.dim for spec in specs}
+        if len(set(dims.values())) > 1:
+            raise ConfigError(
+                f"tables of several dimensions ({dims}), such as biases beside vectors, work in one "
+                f"process alone, not in {job.world_size}; start one, or leave the biases out"
+            )
         # Both warn of what is meant: a topology made by hand, a module that is not traced.
         for name in ("torchrec", "torch.fx._symbolic_trace"):
             logging.getLogger(name).setLevel(logging.ERROR)

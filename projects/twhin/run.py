@@ -330,7 +330,10 @@ def _initialise(
         if not np.isfinite(rows).all():
             row = int(np.argmin(np.isfinite(rows).all(axis=1)))
             raise DataError(f"pretrained {table.pretrained}, row {row}: not a finite number")
-        fill(table.name, ArrayRows(torch.from_numpy(np.asarray(rows, dtype=np.float32))))
+        try:
+            fill(table.name, ArrayRows(torch.from_numpy(np.asarray(rows, dtype=np.float32))))
+        except ConfigError as error:  # beyond what fp16 holds
+            raise ConfigError(f"pretrained {table.pretrained}: {error}") from error
 
 
 def _announce_ignored(config: TwhinConfig) -> None:
