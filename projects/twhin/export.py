@@ -1,38 +1,71 @@
-"""Vectors out: a step folder → `Vectors` in memory, and `Vectors` → one parquet file a type of
-entity.
+"""Vectors out: a step folder → `Vectors` in memory, and `Vectors` → files.
 
-Files: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the table has a
-vocabulary), bias (float32; where the model has them), vector (list of D float32), and
+    python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best] [--output=FOLDER]
+        [--format parquet npy safetensors] [--quantize fp16 int8 pq] [--index auto|none|KIND]
+
+By default parquet: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the
+table has a vocabulary), bias (float32; where the model has them), vector (list of D float32), and
 `<folder>/relations.parquet` with columns id, relation, operator, vector (b_r, d_r or c_r of the
 operator, 0 where it has none); for linear and affine operators `relation_matrices.parquet`, whose
 vector is A_r row by row. With reciprocal relations those of the inverse directions follow, named
-`<relation>:inverse`.
-
-    python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best] [--output=FOLDER]
+`<relation>:inverse`. The other formats are described in `exported`, quantised vectors and
+quantization.json in `quantize`, FAISS indexes in `index`.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
+from projects.twhin import quantize
 from projects.twhin.best import STEP_HELP, best_step, step_argument
 from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
+from projects.twhin.exported import DESCRIPTION, FORMATS, RELATIONS, Exported
 from projects.twhin.model import Vectors, saved_names
 from projects.twhin.operators import PARAMETERS
+from projects.twhin.quantize import Quantised
+from projects.twhin.vector_files import (
+    WRITERS,
+    RelationRows,
+    TableRows,
+    arrays_of,
+    write_description,
+    write_ids,
+)
 from tml import checkpoint
 from tml.config import ConfigError, load_config
 from tml.data.parquet import DataError, ParquetRows
 
-BLOCK_ROWS = 1 << 16
+COST = "quantization.json"
+OURS = frozenset([".parquet", ".npy", ".safetensors", ".faiss"])
+"""Endings of exported files; the JSON files beside them are known by name."""
+
+Costs = dict[str, Any]
+Measure = Callable[[Mapping[str, Mapping[str, Quantised]]], Costs]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written."""
+
+    formats: Sequence[str] = ("parquet",)
+    quantize: Sequence[str] = ()
+    pq_bytes: int | None = None
+    index: str = "small"
+    """none; small: of tables that are searched whole; auto: of all; or FAISS's name of a kind.
+    small and auto go without where faiss is not installed.
+    """
 
 
 def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
@@ -47,12 +80,21 @@ def load_vectors(folder: Path, config: ModelConfig) -> Vectors:
     return Vectors.from_saved(config, saved)
 
 
-def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[Path]:
-    """Write the parquet files of all tables and relations into `folder`, which is replaced as a
-    whole.
+def export_vectors(
+    vectors: Vectors,
+    config: ModelConfig,
+    folder: Path,
+    options: ExportOptions = ExportOptions(),
+    step: int | None = None,
+    measure: Measure | None = None,
+) -> list[Path]:
+    """Write all tables and relations into `folder`, which is replaced as a whole, and return its
+    files.
+
+    step: whose vectors they are. measure: what says what quantising costs, for quantization.json.
     """
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and all(map(_is_vectors, folder.iterdir()))):
+    if folder.exists() and not _is_ours(folder):
         raise DataError(
             f"{folder} holds something else than exported vectors; choose another --output"
         )
@@ -60,19 +102,97 @@ def export_vectors(vectors: Vectors, config: ModelConfig, folder: Path) -> list[
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for table in config.embeddings.tables:
-            names = _read_vocabulary(table)
-            path = temporary / f"{table.name}.parquet"
-            columns: dict[str, Any] = {} if names is None else {"entity": names}
-            if table.name in vectors.biases:
-                columns["bias"] = vectors.biases[table.name].numpy()
-            _write(path, vectors.tables[table.name], columns)
-        _write_relations(vectors, config, temporary)
+        _write(vectors, config, temporary, options, step, measure)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(folder.glob("*.parquet"))
+    return sorted(folder.iterdir())
+
+
+def _write(
+    vectors: Vectors,
+    config: ModelConfig,
+    folder: Path,
+    options: ExportOptions,
+    step: int | None,
+    measure: Measure | None,
+) -> None:
+    tables = {
+        table.name: TableRows(
+            vectors.tables[table.name].contiguous().numpy(),
+            vectors.biases[table.name].contiguous().numpy() if config.biases else None,
+            _read_vocabulary(table),
+        )
+        for table in config.embeddings.tables
+    }
+    relations = _relation_rows(vectors, config)
+    for name in options.formats:
+        WRITERS[name](folder, tables, relations)
+    if set(options.formats) != {"parquet"}:
+        write_ids(folder, tables)
+    quantised = {
+        kind: {
+            name: quantize.quantise(kind, name, table.vectors, options.pq_bytes)
+            for name, table in tables.items()
+        }
+        for kind in options.quantize
+    }
+    for kinds in quantised.values():
+        for name, rows in kinds.items():
+            rows.write(folder, name)
+    if quantised and measure is not None:
+        (folder / COST).write_text(json.dumps(measure(quantised), indent=2) + "\n")
+    description = _describe(config, tables, options, step)
+    write_description(folder, description)
+    if options.index == "none" or (
+        options.index in ("small", "auto") and find_spec("faiss") is None
+    ):
+        return
+    from projects.twhin.index import write_indexes
+
+    exported = Exported(folder, description, arrays_of(tables, relations))
+    is_small = options.index == "small"
+    write_indexes(exported, "auto" if is_small else options.index, small_only=is_small)
+
+
+def _describe(
+    config: ModelConfig, tables: Mapping[str, TableRows], options: ExportOptions, step: int | None
+) -> dict[str, Any]:
+    """What vectors.json holds."""
+    return {
+        "step": step,
+        "dim": config.embeddings.tables[0].embedding_dim,
+        "comparator": config.comparator,
+        "reciprocal": config.reciprocal,
+        "biases": config.biases,
+        "formats": list(options.formats),
+        "quantized": list(options.quantize),
+        "tables": [
+            {"name": name, "rows": len(table.vectors), "named": table.names is not None}
+            for name, table in tables.items()
+        ],
+        "relations": [
+            {"name": r.name, "lhs": r.lhs, "rhs": r.rhs, "operator": r.operator}
+            for r in config.relations
+        ],
+    }
+
+
+def _relation_rows(vectors: Vectors, config: ModelConfig) -> RelationRows:
+    """One row a relation, those of inverse relations behind."""
+    names = [relation.name for relation in config.relations]
+    if config.reciprocal:
+        names += [f"{name}:inverse" for name in names]
+    kinds = vectors.operators.kinds
+    parameters = {name: p.detach() for name, p in vectors.operators.named_parameters()}
+    rows = torch.zeros(len(kinds), vectors.operators.dim)
+    for number, kind in enumerate(kinds):
+        for name in PARAMETERS[kind]:
+            if name != "matrices":
+                rows[number] = parameters[name][number]
+    matrices = parameters["matrices"].numpy() if "matrices" in parameters else None
+    return RelationRows(names, list(kinds), rows.numpy(), matrices)
 
 
 def resolve_run(
@@ -95,20 +215,109 @@ def resolve_run(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
-    parser.add_argument("--step", type=step_argument, help=STEP_HELP)
-    parser.add_argument("--output", type=Path, help="default: RUN/vectors")
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
+    options = ExportOptions(
+        list(dict.fromkeys(arguments.formats or ["parquet"])),
+        list(dict.fromkeys(arguments.quantize or ())),
+        arguments.pq_bytes,
+        arguments.index,
+    )
     try:
         folder, config = resolve_run(arguments.run, arguments.step)
+        dim = config.model.embeddings.tables[0].embedding_dim
+        if "pq" in options.quantize:
+            quantize.check_pq_bytes(dim, arguments.pq_bytes)
         output = arguments.output or arguments.run / "vectors"
-        for path in export_vectors(load_vectors(folder, config.model), config.model, output):
-            print(path)
+        vectors = load_vectors(folder, config.model)
+        measure = None
+        if options.quantize:
+            from projects.twhin import quantization_cost
+
+            measure = partial(
+                quantization_cost.measure,
+                config,
+                vectors,
+                split=arguments.split,
+                max_edges=arguments.max_edges,
+            )
+        step = int(folder.name)
+        paths = export_vectors(vectors, config.model, output, options, step, measure)
+        _show(paths, as_json=arguments.json)
     except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write the vectors of a run as files.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
+    parser.add_argument("--step", type=step_argument, help=STEP_HELP)
+    parser.add_argument("--output", type=Path, help="default: RUN/vectors")
+    parser.add_argument(
+        "--format",
+        dest="formats",
+        nargs="+",
+        action="extend",
+        choices=FORMATS,
+        help="of the full vectors, several allowed; default: parquet",
+    )
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        action="extend",
+        choices=quantize.KINDS,
+        help="write them in fewer bytes too, several allowed, and measure what that costs",
+    )
+    parser.add_argument(
+        "--pq-bytes", type=int, metavar="M", help="bytes of a row with pq; default: D/4"
+    )
+    parser.add_argument(
+        "--index",
+        default="auto",
+        metavar="KIND",
+        help="FAISS indexes: auto, none, or FAISS's name of a kind such as IVF256,Flat",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        help="what the cost is measured on; default: validation, where there is none test",
+    )
+    parser.add_argument(
+        "--max-edges", type=int, help="edges ranked for it; default: what takes some seconds"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return parser.parse_args(argv)
+
+
+def _show(paths: Sequence[Path], *, as_json: bool) -> None:
+    """The files, the indexes that are not exact, and the cost of quantising."""
+    costs, indexes = None, []
+    for path in paths:
+        if path.name == COST:
+            costs = json.loads(path.read_text())
+        elif path.name.endswith(".index.json"):
+            indexes.append(json.loads(path.read_text()))
+    if as_json:
+        files = {path.name: path.stat().st_size for path in paths}
+        found = {"folder": str(paths[0].parent), "files": files, "indexes": indexes}
+        print(json.dumps(found | {"quantization": costs}, indent=2))
+        return
+    for path in paths:
+        print(path)
+    for index in indexes:
+        if index["factory"] != "Flat":
+            cells = "" if index["nprobe"] is None else f", {index['nprobe']} cells a query"
+            print(
+                f"index of {index['table']} for {index['answers']}: {index['factory']}{cells}: "
+                f"{index['recall']:.1%} of the 10 exactly nearest are found"
+            )
+    if costs is not None:
+        from rich.console import Console
+
+        from projects.twhin import quantization_cost
+
+        Console().print(quantization_cost.render(costs))
 
 
 def check_vocabularies(config: ModelConfig) -> None:
@@ -127,8 +336,19 @@ def _check_length(table: TableConfig, num_names: int) -> None:
         )
 
 
-def _is_vectors(path: Path) -> bool:
-    return path.suffix == ".parquet" and path.is_file()
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or holds nothing but an export: the only kind that is replaced."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if names and DESCRIPTION not in names and f"{RELATIONS}.parquet" not in names:
+        return False
+    known = {DESCRIPTION, COST}
+    return all(
+        path.is_file()
+        and (path.suffix in OURS or path.name in known or path.name.endswith(".index.json"))
+        for path in folder.iterdir()
+    )
 
 
 def _read_vocabulary(table: TableConfig) -> list[str] | None:
@@ -145,45 +365,6 @@ def _read_vocabulary(table: TableConfig) -> list[str] | None:
     names = vocabulary.column("entity").cast(pa.string()).to_pylist()
     assert isinstance(names, list)
     return names
-
-
-def _write_relations(vectors: Vectors, config: ModelConfig, folder: Path) -> None:
-    """One row a relation, those of inverse relations behind."""
-    names = [relation.name for relation in config.relations]
-    if config.reciprocal:
-        names += [f"{name}:inverse" for name in names]
-    kinds = vectors.operators.kinds
-    parameters = {name: p.detach() for name, p in vectors.operators.named_parameters()}
-    rows = torch.zeros(len(kinds), vectors.operators.dim)
-    for number, kind in enumerate(kinds):
-        for name in PARAMETERS[kind]:
-            if name != "matrices":
-                rows[number] = parameters[name][number]
-    columns = {"relation": names, "operator": list(kinds)}
-    _write(folder / "relations.parquet", rows, columns)
-    if "matrices" in parameters:
-        _write(folder / "relation_matrices.parquet", parameters["matrices"].flatten(1), columns)
-
-
-def _write(path: Path, rows: Tensor, columns: dict[str, Any]) -> None:
-    """Rows (N, D) float32 with their numbers and other columns of N values; in blocks, so that
-    memory stays flat.
-    """
-    dim = rows.shape[1]
-    vector = pa.list_(pa.float32(), dim)
-    fields = [pa.field("id", pa.int64())]
-    for name in columns:
-        fields.append(pa.field(name, pa.float32() if name == "bias" else pa.string()))
-    schema = pa.schema([*fields, pa.field("vector", vector)])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].contiguous().cpu().numpy()
-            stop = start + len(block)
-            arrays = [pa.array(range(start, stop), pa.int64())]
-            for field, values in zip(fields[1:], columns.values(), strict=True):
-                arrays.append(pa.array(values[start:stop], field.type))
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim))
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 #
 #   run_in_docker.sh                                   the embedded default; a finished run is kept and trained anew
 #   run_in_docker.sh [FLAGS of projects/twhin/run.py]  flags given here win over those below
-#   run_in_docker.sh prepare|evaluate|export|drift [FLAGS]   that program of projects/twhin
+#   run_in_docker.sh prepare|evaluate|export|neighbors|drift|mixtures [FLAGS]   that program of projects/twhin
 #
 # SPEC_TYPE says the role: chief and worker train, under torchrun; datasetworker and evaluator are one process.
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd -P)
 case "${1:-}" in
-  prepare | evaluate | export | drift)
+  prepare | evaluate | export | neighbors | drift | mixtures)
     program=$1
     shift
     exec python "$base/projects/twhin/$program.py" "$@"
