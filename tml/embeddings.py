@@ -470,8 +470,8 @@ class ShardedTables(Tables):
         dims = {spec.name: spec.dim for spec in specs}
         if len(set(dims.values())) > 1:
             raise ConfigError(
-                f"tables of several dimensions ({dims}), such as biases beside vectors, work in one "
-                f"process alone, not in {job.world_size}; start one, or leave the biases out"
+                f"tables of several dimensions ({dims}), such as biases beside vectors, work in "
+                f"one process alone, not in {job.world_size}; start one, or leave the biases out"
             )
         # Both warn of what is meant: a topology made by hand, a module that is not traced.
         for name in ("torchrec", "torch.fx._symbolic_trace"):

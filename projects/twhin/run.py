@@ -240,7 +240,8 @@ def run(
         folder = save_dir / str(ends.get("best_step", progress.step))
         vectors = export.load_vectors(folder, config.model)
         if job.is_chief:
-            paths = export.export_vectors(vectors, config.model, save_dir / VECTORS)
+            step = int(folder.name)
+            paths = export.export_vectors(vectors, config.model, save_dir / VECTORS, step=step)
             log.say(f"vectors: {save_dir / VECTORS}: {', '.join(path.name for path in paths)}")
         split = "test" if config.test_data else "validation"
         report: Report = {}
@@ -319,7 +320,8 @@ def _initialise(
         if table.pretrained is None:
             continue
         try:
-            rows = np.load(table.pretrained, mmap_mode="r", allow_pickle=False)
+            # "c": torch warns of memory that may not be written to; nothing is.
+            rows = np.load(table.pretrained, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"pretrained {table.pretrained} cannot be read: {error}") from error
         if rows.shape != (table.num_embeddings, table.embedding_dim):
