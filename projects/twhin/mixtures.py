@@ -236,7 +236,7 @@ def compare(subject: Subject, settings: Settings, k: Sequence[int], split: str) 
     }
 
 
-def write(subject: Subject, settings: Settings, folder: Path) -> None:
+def write(subject: Subject, settings: Settings, step: int, folder: Path) -> None:
     """The modes of all users of the relation's left-hand table, from all training edges."""
     from projects.twhin.mixture_files import write_mixture
 
@@ -247,6 +247,7 @@ def write(subject: Subject, settings: Settings, folder: Path) -> None:
         for users in blocks(np.arange(len(subject.space.users)))
     )
     description = {
+        "step": step,
         "relation": subject.config.model.relations[subject.number].name,
         "lhs": subject.lhs,
         "rhs": subject.rhs,
@@ -277,7 +278,7 @@ def run(arguments: argparse.Namespace) -> Report:
     if tuning is not None:
         report["tuning"] = tuning
     if arguments.output is not None:
-        write(subject, settings, arguments.output)
+        write(subject, settings, int(folder.name), arguments.output)
         report["output"] = str(arguments.output)
     return report
 

@@ -224,11 +224,12 @@ class Mixture:
         if comparator == "dot":
             offset = self._space.offset()
             moved = own - offset
-            towards = F.normalize(centroids, dim=2) * moved.norm(dim=1).view(-1, 1, 1)
-            return blend * moved.unsqueeze(1) + (1 - blend) * towards + offset
+            length = torch.linalg.vector_norm(moved, dim=1)
+            towards = F.normalize(centroids, dim=2) * length.view(-1, 1, 1)
+            return moved.unsqueeze(1) * blend + towards * (1 - blend) + offset
         if comparator == "cosine":
             own, centroids = F.normalize(own, dim=1), F.normalize(centroids, dim=2)
-        return blend * own.unsqueeze(1) + (1 - blend) * centroids
+        return own.unsqueeze(1) * blend + centroids * (1 - blend)
 
 
 def _blocks(users: Ids, size: int) -> Iterator[Ids]:
