@@ -29,6 +29,10 @@ from projects.twhin.comparators import SMALLEST_SQUARE, Comparator, wide
 from projects.twhin.gradients import Written
 from projects.twhin.scoring import Entities, Queries
 
+LEAST_LOG = -64.0
+"""Of a share: what is less likely than e^−64 = 1.6e-28 is lost in float32 sums anyway, and as a
+number below 1.2e-38 (denormal) would make the products a hundred times slower.
+"""
 SMALLEST_ROOT = 1.001 * SMALLEST_SQUARE**0.5
 BLOCK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Scores of a block at most: on a processor they stay in its cache, a GPU wants large products."""
@@ -170,7 +174,7 @@ def _softmax(
         scores /= temperature
     scores -= scores.amax(dim=1, keepdim=True)
     true = scores[places]
-    scores.exp_()
+    scores.clamp_min_(LEAST_LOG).exp_()
     sums = scores.sum(dim=1)
     if learns:
         scores *= (counts / (sums * temperature)).unsqueeze(1)
@@ -184,6 +188,7 @@ def _logistic(
     """The loss of a block; where it learns, scores (b, N) become their own derivative."""
     places = (own.question, own.entity)
     true = scores[places]
+    scores.clamp_min_(LEAST_LOG)
     loss = counts @ F.softplus(scores).sum(dim=1)
     if learns:
         scores.sigmoid_()
