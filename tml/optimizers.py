@@ -9,13 +9,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
-from tml.config import Config
+from tml.config import Config, ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class PiecewiseConstant(Config):
@@ -59,12 +61,14 @@ class LinearRampToCosine(Config):
     """Value from final_num_steps on."""
     num_ramp_steps: PositiveInt
     """Length of the ramp in steps."""
-    final_num_steps: PositiveInt
-    """Step at which the cosine ends; more than num_ramp_steps."""
+    final_num_steps: PositiveInt | None = None
+    """Step at which the cosine ends; more than num_ramp_steps. Unset: the last step of training,
+    which must be known: num_epochs of files, or num_train_steps.
+    """
 
     @validator(mode="after")
     def _check(self) -> Self:
-        if self.final_num_steps <= self.num_ramp_steps:
+        if self.final_num_steps is not None and self.final_num_steps <= self.num_ramp_steps:
             raise ValueError(
                 f"final_num_steps {self.final_num_steps} must be more than num_ramp_steps "
                 f"{self.num_ramp_steps}"
@@ -98,6 +102,7 @@ class LearningRate(Config):
         assert cosine is not None
         if step < cosine.num_ramp_steps:
             return cosine.learning_rate * step / cosine.num_ramp_steps
+        assert cosine.final_num_steps is not None, "end_schedules comes first"
         span = cosine.final_num_steps - cosine.num_ramp_steps
         progress = min(1.0, (step - cosine.num_ramp_steps) / span)
         weight = 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -195,6 +200,37 @@ def build_dense_optimizer(
     return torch.optim.Adagrad(
         parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay
     )
+
+
+def end_schedules(config: ConfigT, total_steps: int | None) -> ConfigT:
+    """A copy of a config in which every cosine without an end of its own ends with training.
+
+    total_steps: updates of the whole run; None where they are not known. Raises ConfigError.
+    """
+    changed = {name: _end(name, value, total_steps) for name, value in config}
+    return config.model_copy(update=changed)
+
+
+def _end(name: str, value: Any, total_steps: int | None) -> Any:
+    if isinstance(value, LinearRampToCosine) and value.final_num_steps is None:
+        if total_steps is None:
+            raise ConfigError(
+                f"{name}.final_num_steps: the number of training steps is not known before the "
+                "data ends; set it, or training.num_train_steps"
+            )
+        if total_steps <= value.num_ramp_steps:
+            raise ConfigError(
+                f"{name}.num_ramp_steps: {value.num_ramp_steps} is not less than the "
+                f"{total_steps} steps of training; make it smaller, or train longer"
+            )
+        return value.model_copy(update={"final_num_steps": total_steps})
+    if isinstance(value, Config):
+        return end_schedules(value, total_steps)
+    if isinstance(value, list):
+        return [_end(name, one, total_steps) for one in value]
+    if isinstance(value, dict):
+        return {key: _end(str(key), one, total_steps) for key, one in value.items()}
+    return value
 
 
 def dense_state(

@@ -64,7 +64,8 @@ from tml.embeddings import ArrayRows, build_tables
 from tml.follow import EVALUATION
 from tml.logs import MetricLog
 from tml.machines import container
-from tml.optimizers import is_optimizer_state, set_learning_rate
+from tml.memory import keep_freed_memory
+from tml.optimizers import end_schedules, is_optimizer_state, set_learning_rate
 from tml.train import DivergedError, Loop, Progress, StepResult
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def run(
         if container.vanishes(save_dir):
             logger.warning("warning: %s", container.advice("--save_dir", save_dir))
         torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
+        if job.device.type == "cpu":
+            keep_freed_memory()
 
         # Data. The chief makes what is missing; the others wait.
         if config.planted is not None and job.is_chief:
@@ -104,6 +107,8 @@ def run(
         layout.count_degrees(config.train_data)
         seed, data = config.training.seed, config.train_data
         reader = training_reader(config, layout, job)
+        all_steps = _total_steps(config, 0, reader.steps_from(Position()))
+        scheduled = end_schedules(config.model, all_steps)
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
                 ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)
@@ -119,7 +124,7 @@ def run(
         log = MetricLog(save_dir, job.rank)
 
         # Model and optimizer; the tables carry theirs.
-        specs = table_specs(config.model)
+        specs = table_specs(scheduled)
         tables = build_tables(specs, job, seed, as_a_whole=data.all_negatives)
         amp = uses_bfloat16(config.runtime, job.device)
         model = TwhinModel(config.model, tables, amp=amp, seed=seed)
@@ -157,9 +162,8 @@ def run(
         if (during := config.evaluation.during_training) is not None:
             validation = Validation(config, save_dir, job, log)
             ended = validation.resume(progress)
-        total_steps = progress.step + (0 if ended else reader.steps_from(position))
-        if config.training.num_train_steps is not None:
-            total_steps = max(progress.step, min(total_steps, config.training.num_train_steps))
+        left = 0 if ended else reader.steps_from(position)
+        total_steps = _total_steps(config, progress.step, left)
         if job.is_chief and progress.step < total_steps:
             (save_dir / run_folder.METRICS).unlink(
                 missing_ok=True
@@ -173,7 +177,7 @@ def run(
 
         def update(batch: EdgeBatch, step: int) -> StepResult:
             rates = tables.set_learning_rates(step)
-            rates["translation"] = config.model.translation_optimizer.learning_rate_at(step)
+            rates["translation"] = scheduled.translation_optimizer.learning_rate_at(step)
             set_learning_rate(optimizer, rates["translation"])
             if config.model.embedding_dropout:
                 seed_dropout(seed, step, job)
@@ -349,6 +353,12 @@ def _announce_ignored(config: TwhinConfig) -> None:
         unused = set(DataConfig.model_fields) - {"data_root", "limit", "offset"}
         for name in sorted(unused & config.test_data.model_fields_set):
             logger.warning("test_data.%s is set but not used: test edges are only ranked", name)
+
+
+def _total_steps(config: TwhinConfig, step: int, left: int) -> int:
+    """The number of the last step, `left` steps of the data being left after `step`."""
+    wanted = config.training.num_train_steps
+    return step + left if wanted is None else max(step, min(step + left, wanted))
 
 
 def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -> str:

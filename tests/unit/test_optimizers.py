@@ -9,6 +9,7 @@ from tml.optimizers import (
     OptimizerConfig,
     build_dense_optimizer,
     dense_state,
+    end_schedules,
     is_optimizer_state,
 )
 
@@ -48,6 +49,23 @@ def test_linear_ramp_to_cosine_passes_the_middle_half_way_down() -> None:
     schedule = rate({"linear_ramp_to_cosine": ramp})
     found = [schedule.at(step) for step in (5, 10, 20, 30, 99)]
     assert found == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2])
+
+
+def test_a_cosine_without_an_end_ends_with_training() -> None:
+    ramp = {"learning_rate": 1.0, "final_learning_rate": 0.2, "num_ramp_steps": 10}
+    open_end = OptimizerConfig.model_validate(
+        {"adagrad": {}, "learning_rate": {"linear_ramp_to_cosine": ramp}}
+    )
+    found = [end_schedules(open_end, 30).learning_rate_at(step) for step in (5, 10, 20, 30)]
+    assert found == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    own = OptimizerConfig.model_validate(
+        {"adagrad": {}, "learning_rate": {"linear_ramp_to_cosine": {**ramp, "final_num_steps": 50}}}
+    )
+    assert end_schedules(own, None) == own
+    with pytest.raises(ConfigError, match="set it, or training.num_train_steps"):
+        end_schedules(open_end, None)
+    with pytest.raises(ConfigError, match="10 is not less than the 10 steps"):
+        end_schedules(open_end, 10)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from tml.follow import EVALUATION, forget_marks, mark_done, unmarked
 from tml.logs import MetricLog
 from tml.machines import container
 from tml.memory import keep_freed_memory
+from tml.optimizers import end_schedules
 from tml.train import DivergedError, Loop, Place, Progress, StepResult
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,12 @@ def run(
         features = describe_features(config.train_data)
         evaluate.check_partitions(config, features)
         dataset = training_rows(config, features, job)
+        all_steps = _total_steps(config, 0, dataset.steps_from(dataset.start()))
+        scheduled = end_schedules(config, all_steps)
 
         # Model and optimizer; large tables carry theirs.
-        model, tables = build_model(config, features, job)
-        optimizer = RecapOptimizer(config.optimizer, model)
+        model, tables = build_model(scheduled, features, job)
+        optimizer = RecapOptimizer(scheduled.optimizer, model)
         large = tables.state() if tables is not None else {}
         state = {**model_state(model, tables), **large, **optimizer.state()}
 
@@ -126,7 +129,7 @@ def run(
         log.say(_describe(config, features, job, model, dataset.num_rows, total_steps))
 
         compiles = config.runtime.enable_compile and not debug
-        updates = Update(config, model, tables, optimizer, job, compiles=compiles)
+        updates = Update(scheduled, model, tables, optimizer, job, compiles=compiles)
         progress_at_start = calibrated_at = progress.step
 
         def update(batch: RankingBatch, step: int) -> StepResult:
