@@ -36,7 +36,7 @@ from tml.config import ConfigError
 BLOCK_USERS = 2048
 HELD_OUT = 0.2
 """The share of each user's training edges that --tune holds out where there is no validation."""
-TUNING_USERS = 3000
+TUNING_USERS = 2000
 GRID: dict[str, tuple[Any, ...]] = {
     "blend": (0.0, 0.3, 0.5, 0.7, 0.85),
     "smoothing": (0.0, 0.2, 0.5, 0.8),
@@ -189,16 +189,19 @@ def blocks(users: Ids) -> Iterator[Ids]:
         yield users[start : start + BLOCK_USERS]
 
 
-def tune(subject: Subject, settings: Settings, k: Sequence[int]) -> tuple[Settings, Report]:
+def tune(
+    subject: Subject, settings: Settings, k: Sequence[int], max_users: int = TUNING_USERS
+) -> tuple[Settings, Report]:
     """Choose blend, smoothing and modes by Recall, the mean over all K, on validation edges; where
     the config has none, on a share of the training edges that is taken out of the users' histories.
+    max_users: so many users alone, evenly spaced over their ids.
     """
     validation, on = subject.history("validation"), "validation edges"
     history = subject.training
     if validation is None or not len(validation.items):
         history, validation = history.split(HELD_OUT, settings.seed)
         on = f"{HELD_OUT:.0%} of the training edges, held out; the vectors have seen them"
-    comparison = Comparison(subject, history, validation, settings, k, TUNING_USERS)
+    comparison = Comparison(subject, history, validation, settings, k, max_users)
     tried: dict[Settings, Report] = {}
     for name in (*GRID, next(iter(GRID))):
         for value in GRID[name]:
@@ -264,6 +267,8 @@ def run(arguments: argparse.Namespace) -> Report:
 
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})
     folder, config = resolve_run(arguments.run, arguments.step, arguments.overrides)
+    if arguments.tuning_users < 1:
+        raise ConfigError(f"--tuning-users={arguments.tuning_users}: give 1 or more")
     split = arguments.split or ("test" if config.test_data else "validation")
     if arguments.tune and split == "validation":
         raise ConfigError(
@@ -273,7 +278,7 @@ def run(arguments: argparse.Namespace) -> Report:
     subject = Subject(config, load_vectors(folder, config.model), arguments.relation)
     tuning = None
     if arguments.tune:
-        settings, tuning = tune(subject, settings, arguments.k)
+        settings, tuning = tune(subject, settings, arguments.k, arguments.tuning_users)
     report = {"step": int(folder.name), **compare(subject, settings, arguments.k, split)}
     if tuning is not None:
         report["tuning"] = tuning
@@ -308,6 +313,13 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     parser.add_argument(
         "--tune", action="store_true", help="choose modes, smoothing and blend, never on the split"
+    )
+    parser.add_argument(
+        "--tuning-users",
+        type=int,
+        default=TUNING_USERS,
+        metavar="N",
+        help=f"users that --tune measures; default {TUNING_USERS}",
     )
     parser.add_argument(
         "--k", type=_cutoffs, default=(10, 20, 50), metavar="K,K", help="numbers of candidates"

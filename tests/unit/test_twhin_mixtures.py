@@ -526,6 +526,7 @@ def test_a_folder_of_other_things_is_left_alone(run_folder: Path, tmp_path: Path
         ("--relation=c", "--relation=c: the model has a, b, empty"),
         ("--relation=empty", "the training edges have none of it"),
         ("--clusters=0", "--clusters=0: give 1 or more"),
+        ("--tuning-users=0", "--tuning-users=0: give 1 or more"),
         ("--smoothing=1.5", "--smoothing=1.5: give a number from 0 to 1"),
         ("--set=test_data=null", "the config has no test_data"),
     ],
