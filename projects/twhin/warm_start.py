@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from projects.twhin.anchors import FOLDER, Anchors, map_rows, path_of
-from projects.twhin.config import BIAS, ModelConfig, TwhinConfig
+from projects.twhin.config import BIAS, ModelConfig, TableConfig, TwhinConfig
 from projects.twhin.model import SINGULAR, TwhinModel
 from projects.twhin.neighbours import neighbour_starts
 from projects.twhin.operators import PARAMETERS
@@ -157,15 +157,14 @@ def _write(
         if biases is not None:
             path = path_of(folder, name + BIAS)
             _write_rows(path, biases[:, None], places, f"biases of table {name!r}", names)
-        if settings.optimizer_state:
-            kind = table.optimizer.kind
-            for owner in [name] if biases is None else [name, name + BIAS]:
-                _write_accumulator(previous, owner, kind, places, folder)
+        owners = [name] if biases is None else [name, name + BIAS]
+        carried = _write_accumulators(previous, settings, owners, table, places, folder)
         tables[name] = {
             "rows": len(names),
             "matched": matched,
             "new": len(names) - matched,
             "vanished": len(before) - matched,
+            "optimizer_state": carried,
         }
     relations = _match_relations(previous, config, state)
     np.savez(folder / RELATIONS, **_relation_state(state))
@@ -228,6 +227,26 @@ def _write_rows(
     written.flush()
 
 
+def _write_accumulators(
+    previous: Previous,
+    settings: WarmStartConfig,
+    owners: list[str],
+    table: TableConfig,
+    places: Ints,
+    folder: Path,
+) -> bool:
+    """Those of a table, and of its biases, where they are wanted; returns whether there are any."""
+    if settings.optimizer_state is False:
+        return False
+    try:
+        for owner in owners:
+            _write_accumulator(previous, owner, table.optimizer.kind, places, folder)
+    except ConfigError:
+        if settings.optimizer_state:
+            raise
+    return _accumulator_path(folder, table.name).is_file()
+
+
 def _write_accumulator(
     previous: Previous, name: str, kind: str, places: Ints, folder: Path
 ) -> None:
@@ -274,7 +293,11 @@ def _match_relations(
                 )
             state[key][number] = found.parameters[key]
             accumulator = f"{SINGULAR[key]}_accumulator"
-            if settings.optimizer_state and key in found.accumulators and accumulator in state:
+            if (
+                settings.optimizer_state is not False
+                and key in found.accumulators
+                and accumulator in state
+            ):
                 state[accumulator][number] = found.accumulators[key]
     return {
         "matched": matched,
@@ -356,7 +379,7 @@ def _render(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.pad_edge, table.show_edge = False, False
     table.add_column("table")
-    for heading in ("rows", "matched", "", "new", "from neighbors", "vanished"):
+    for heading in ("rows", "matched", "", "new", "from neighbors", "vanished", "optimizer"):
         table.add_column(heading, justify="right")
     for name, row in report["tables"].items():
         table.add_row(
@@ -367,6 +390,7 @@ def _render(report: Report) -> Table:
             f"{row['new']:,}",
             f"{row['from_neighbors']:,}" if "from_neighbors" in row else "–",
             f"{row['vanished']:,}",
+            "carried over" if row["optimizer_state"] else "anew",
         )
     found = report["relations"]
     words = [f"{len(found[key]):,} {key}" for key in ("matched", "new", "vanished") if found[key]]

@@ -30,16 +30,15 @@ class WarmStartConfig(Config):
     """
     freeze: bool = False
     """Keep the rows of matched entities as they are, so that only new rows and relations learn."""
-    optimizer_state: bool = False
-    """Carry over the accumulators of Adagrad, of matched rows and relations: such rows take up
-    training at the step size at which they left it.
+    optimizer_state: bool | None = None
+    """Carry over the accumulators of Adagrad, of matched rows and relations: they take up training
+    at the step size at which they left it, and move far less. Unset: where there are some.
     """
 
     @validator(mode="after")
     def _check(self) -> Self:
-        if self.freeze and (self.pull or self.optimizer_state):
+        if self.freeze and self.pull:
             raise ValueError(
-                "freeze: rows that stay as they are need neither pull nor optimizer_state; leave "
-                "those out"
+                "freeze: rows that stay as they are need no pull; leave one of them out"
             )
         return self

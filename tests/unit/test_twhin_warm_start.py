@@ -153,7 +153,7 @@ def test_rows_follow_their_entity_and_new_ones_start_as_in_a_cold_start(
 ) -> None:
     steps = checkpoint.complete_steps(old)
     previous = {"run": old, "step": old / str(steps[-1]), "vectors": old / "vectors"}[source]
-    config = new_config(graph, previous, relations=("buys", "shares"))
+    config = new_config(graph, previous, relations=("buys", "shares"), optimizer_state=False)
     state, report = start(config, tmp_path / "run")
     before = saved(old)
     for number, (table, was, now) in enumerate(
@@ -165,8 +165,10 @@ def test_rows_follow_their_entity_and_new_ones_start_as_in_a_cold_start(
         for row, entity in enumerate(now):
             assert rows[row].equal(known.get(entity, cold[row])), entity
         assert not state[f"tables.{table}.accumulator"].any()
-    assert report["tables"]["user"] == {"rows": 35, "matched": 25, "new": 10, "vanished": 5}
-    assert report["tables"]["item"] == {"rows": 18, "matched": 17, "new": 1, "vanished": 3}
+    counts = {"rows": 35, "matched": 25, "new": 10, "vanished": 5, "optimizer_state": False}
+    assert report["tables"]["user"] == counts
+    counts = {"rows": 18, "matched": 17, "new": 1, "vanished": 3, "optimizer_state": False}
+    assert report["tables"]["item"] == counts
     assert state["translations"][0].equal(before["translations"][1])  # buys was the second
     assert not state["translations"][1].any()
     assert report["relations"] == {"matched": ["buys"], "new": ["shares"], "vanished": ["likes"]}
@@ -181,8 +183,9 @@ def test_accumulators_of_matched_rows_and_relations_are_carried_over(
     if kind == "adagrad":
         old = tmp_path / "old"
         run(old_config(old_graph, optimizer=optimizer), old)
-    config = new_config(graph, old, optimizer=optimizer, optimizer_state=True)
-    state, _ = start(config, tmp_path / "run")
+    config = new_config(graph, old, optimizer=optimizer)
+    state, report = start(config, tmp_path / "run")
+    assert report["tables"]["user"]["optimizer_state"]
     before = saved(old)
     known = by_entity(before["tables.user.accumulator"], OLD_USERS)
     for entity, value in by_entity(state["tables.user.accumulator"], NEW_USERS).items():
@@ -343,6 +346,18 @@ def test_a_stronger_pull_leaves_rows_nearer_to_where_they_were(
     assert distances[0] > distances[1] > distances[2]
 
 
+def test_without_accumulators_that_fit_a_run_starts_with_none(
+    old: Path, graph: Path, tmp_path: Path
+) -> None:
+    for name, previous, optimizer in (
+        ("vectors", old / "vectors", None),
+        ("other", old, {"adagrad": {"lr": 0.1}}),
+    ):
+        state, report = start(new_config(graph, previous, optimizer=optimizer), tmp_path / name)
+        assert not state["tables.user.accumulator"].any()
+        assert not report["tables"]["user"]["optimizer_state"]
+
+
 def test_tables_are_chosen_by_name(old: Path, graph: Path, tmp_path: Path) -> None:
     state, report = start(new_config(graph, old, tables=["item"]), tmp_path / "run")
     assert list(report["tables"]) == ["item"]
@@ -459,7 +474,7 @@ def test_a_run_is_not_started_from_the_folder_that_it_would_overwrite(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"warm_start": {"previous": "x", "freeze": True, "pull": 1.0}}, "neither pull nor"),
+        ({"warm_start": {"previous": "x", "freeze": True, "pull": 1.0}}, "need no pull"),
         ({"warm_start": {"previous": "x", "tables": ["usr"]}}, "unknown table 'usr'; there are"),
         ({"training": {"initial_checkpoint_dir": "y"}}, "leave one of them out"),
     ],
