@@ -18,17 +18,21 @@ ONE = [RelationConfig(name="r0", lhs="u", rhs="v")]
 
 
 class TableScorer:
-    """Scores read from one (heads, tails) matrix a relation; remembers the largest block."""
+    """Scores read from one (heads, tails) matrix a relation; remembers the largest block and
+    the candidates asked for."""
 
     def __init__(self, *matrices: Tensor) -> None:
         self.matrices = matrices
         self.largest = 0
+        self.drawn: list[tuple[int, ...]] = []
 
     def score(
         self, relation: int, side: Side, entities: Tensor, candidates: Tensor | None = None
     ) -> Tensor:
         matrix = self.matrices[relation]
         rows = (matrix if side is Side.RHS else matrix.T)[entities]
+        if candidates is not None:
+            self.drawn.append(tuple(candidates.tolist()))
         found = rows if candidates is None else rows[:, candidates]
         self.largest = max(self.largest, found.numel())
         return found
@@ -79,12 +83,16 @@ def test_the_expected_rank_is_that_of_a_uniform_draw() -> None:
 
 
 def test_draws_differ_between_edges_sides_and_relations() -> None:
-    draws = [
-        sampled._draw(np.random.default_rng([0, *key]), 10_000, 50).tolist()
-        for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))
-    ]
-    assert len({tuple(draw) for draw in draws}) == 4
-    assert all(len(set(draw)) == 50 and draw == sorted(draw) for draw in draws)
+    scorer = TableScorer(*(torch.rand(500, 500) for _ in range(2)))
+    # 128 edges a relation, all of head 7 and tail 7: two draws a side.
+    count = 256
+    same = np.full(count, 7, dtype=np.int64)
+    test = Edges(same, np.arange(count) % 2, same)
+    relations = [*ONE, RelationConfig(name="r1", lhs="u", rhs="v")]
+    sampled_link_prediction(scorer, relations, test, test, 50, seed=0)
+    assert len(scorer.drawn) == 8
+    assert len(set(scorer.drawn)) == 8
+    assert all(50 <= len(set(draw)) == len(draw) <= 51 for draw in scorer.drawn)
 
 
 def test_shares_of_processes_add_up_to_the_whole() -> None:
