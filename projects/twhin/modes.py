@@ -224,7 +224,7 @@ class Mixture:
         if comparator == "dot":
             offset = self._space.offset()
             moved = own - offset
-            length = torch.linalg.vector_norm(moved, dim=1)
+            length: Tensor = torch.linalg.vector_norm(moved, dim=1)
             towards = F.normalize(centroids, dim=2) * length.view(-1, 1, 1)
             return moved.unsqueeze(1) * blend + towards * (1 - blend) + offset
         if comparator == "cosine":
