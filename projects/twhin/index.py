@@ -17,6 +17,7 @@ down. The comparator l2 with biases is no product, so tables of such a model hav
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,8 +99,8 @@ def load_faiss() -> Any:
 def write_indexes(exported: Exported, kind: str, *, small_only: bool = False) -> list[IndexInfo]:
     """Build the indexes of all tables into the folder.
 
-    kind: auto, or FAISS's name of a kind for all tables, such as IVF256,Flat. small_only: leave out
-    tables that take time.
+    kind: auto, or FAISS's name of a kind, such as IVF256,Flat, for tables of rows enough.
+    small_only: leave out tables that take time.
     """
     found = []
     for table, num_rows in exported.rows.items():
@@ -123,6 +124,12 @@ def choose_kind(num_rows: int, dim: int) -> str:
     return f"OPQ{size}_{4 * size},IVF{cells},PQ{size}"
 
 
+def rows_needed(kind: str) -> int:
+    """Rows that cells and centroids of a kind can be learned from; tables of fewer stay flat."""
+    cells = [int(number) for number in re.findall(r"IVF(\d+)", kind)]
+    return max([*cells, 256 if "PQ" in kind else 0])
+
+
 def _plan(exported: Exported, table: str, answers: str, kind: str) -> IndexInfo | None:
     """What an index will be; None where it is not needed or cannot be."""
     measure, biases = exported.comparator, exported.has_biases
@@ -135,7 +142,10 @@ def _plan(exported: Exported, table: str, answers: str, kind: str) -> IndexInfo 
     elif measure == "l2" and biases:
         return None
     width = dim + biases
-    factory = choose_kind(exported.rows[table], width) if kind == "auto" else kind
+    num_rows = exported.rows[table]
+    factory = choose_kind(num_rows, width) if kind == "auto" else kind
+    if num_rows < rows_needed(factory):
+        factory = "Flat"
     if answers == "similar" and factory == "Flat":
         return None  # all rows are compared: the vectors themselves do
     is_distance = measure in ("l2", "squared_l2") and not biases
@@ -146,7 +156,7 @@ def _plan(exported: Exported, table: str, answers: str, kind: str) -> IndexInfo 
         with_biases=biases,
         factory=factory,
         metric="l2" if is_distance else "inner_product",
-        rows=exported.rows[table],
+        rows=num_rows,
         dim=width,
         holds_vectors="PQ" not in factory and "SQ" not in factory,
     )
