@@ -11,6 +11,8 @@ SPEC_TYPE=evaluator makes of the same command one that follows the checkpoints o
 SPEC_TYPE=datasetworker one that reads the training data for it (TML_DATASETWORKERS names those).
 """
 
+import tml.machines.short_waits  # noqa: F401  # isort: skip (before torch)
+
 import argparse
 import json
 import logging
