@@ -24,7 +24,7 @@ LAYERS = (
         "optimizers",
         "data",
     ),
-    ("embeddings", "checkpoint"),
+    ("embeddings", "checkpoint", "row_tables"),
     ("evaluate", "train", "rendezvous", "torchrun", "run_folder"),
     ("program", "follow"),
     ("tensorboard",),

@@ -73,6 +73,12 @@ class Tables(nn.Module, ABC):
     def forward(self, ids: Ids) -> Rows:
         """Look up; the gradient of the rows updates the tables."""
 
+    def cut(self, name: str, rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        """The rows (n, D) that were looked up last of a table, as nothing has changed them, in
+        pieces of `lengths` rows: faster than split, and no hook of theirs is called.
+        """
+        return tuple(rows.split(list(lengths)))
+
     def whole(self, name: str) -> Tensor:
         """All rows of a table (rows, D) float32; their gradient updates it, together with that of
         rows looked up before the same backward pass.

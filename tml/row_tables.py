@@ -38,6 +38,14 @@ class RowTables(Tables):
         """Look up; see Tables."""
         return {spec.name: self._tables[spec.name].look_up(ids[spec.name]) for spec in self.specs}
 
+    def cut(self, name: str, rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        """See Tables. The gradients of the pieces go to the table as they are: to join them would
+        take a tenth of a step.
+        """
+        pieces = _Cut.apply(rows, self._tables[name], lengths)  # type: ignore[no-untyped-call]
+        assert isinstance(pieces, tuple)
+        return pieces
+
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """See Tables."""
         for table in self._tables.values():
@@ -73,6 +81,8 @@ class _RowTable:
         self.accumulator = None if shape is None else torch.zeros(shape)
         self.gradients: list[tuple[Tensor, Tensor]] = []
         """(ids, gradient) of each lookup that the present backward pass has gone through."""
+        self.looked_up = (0, torch.empty(0, dtype=torch.int64))
+        """Where the rows of the last lookup lie, and their ids."""
         # Stands for the weight in autograd's graph, whose gradient would be as large as the table.
         # It gets its own, a zero, when all lookups have got theirs: then the update runs, once.
         self._token = torch.zeros(1, requires_grad=True)
@@ -88,33 +98,44 @@ class _RowTable:
     def _update(self, token: Tensor) -> None:
         token.grad = None
         parts, self.gradients = self.gradients, []
-        ids, gradient = parts[0]
-        if len(parts) > 1:
-            ids = torch.cat([ids for ids, _ in parts])
-            gradient = torch.cat([gradient for _, gradient in parts])
-        if len(ids):
-            # An expanded gradient, such as that of a sum, has no memory to be changed in.
-            self._update_rows(ids, gradient.contiguous())
+        taken: set[int] = set()
+        ids, gradients = [], []
+        for one, gradient in parts:
+            if not len(one):
+                continue
+            # What is changed in place here has memory of its own: an expanded gradient, such as
+            # that of a sum, has none, and the gradient of a + b is that of both.
+            is_own = gradient.is_contiguous() and gradient.data_ptr() not in taken
+            gradients.append(gradient if is_own else gradient.clone().contiguous())
+            taken.add(gradient.data_ptr())
+            ids.append(one)
+        if ids:
+            self._update_rows(ids, gradients)
 
-    def _update_rows(self, ids: Tensor, gradient: Tensor) -> None:
-        """Change the rows `ids` (n,) by their gradient (n, D), which is used up."""
+    def _update_rows(self, parts: list[Tensor], gradients: list[Tensor]) -> None:
+        """Change the rows `parts`, (n_i,) each, by their gradients, (n_i, D) each, which are used
+        up.
+        """
+        if self.accumulator is None:
+            for ids, gradient in zip(parts, gradients, strict=True):
+                _add_rows(self.weight, ids, gradient.mul_(-self.learning_rate))
+            return
         settings = self.spec.optimizer.settings
-        if self.accumulator is not None:
-            assert isinstance(settings, Adagrad)
-            _sum_repeated(ids, gradient)
+        assert isinstance(settings, Adagrad)
+        _sum_repeated(torch.cat(parts), gradients)
+        for ids, gradient in zip(parts, gradients, strict=True):
             if self.accumulator.dim() == 1:  # row-wise: the mean square of a row's gradient
                 squares = torch.linalg.vector_norm(gradient, dim=1).square_().div_(self.spec.dim)
                 self.accumulator.index_add_(0, ids, squares)
             else:
                 _add_rows(self.accumulator, ids, gradient.square())
+        for ids, gradient in zip(parts, gradients, strict=True):
             root = self.accumulator.index_select(0, ids).sqrt_().add_(settings.eps)
             if root.dim() == 1:
                 gradient.mul_(root.reciprocal_().mul_(-self.learning_rate).unsqueeze(1))
             else:
                 gradient.div_(root).mul_(-self.learning_rate)
-        else:
-            gradient.mul_(-self.learning_rate)
-        _add_rows(self.weight, ids, gradient)
+            _add_rows(self.weight, ids, gradient)
 
 
 class _Rows(torch.autograd.Function):
@@ -122,18 +143,43 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, table: _RowTable, ids: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.table, ctx.ids = table, ids
-        return table.weight.index_select(0, ids)
+        rows = table.weight.index_select(0, ids)
+        table.looked_up = (rows.data_ptr(), ids)
+        return rows
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.table.gradients.append((ctx.ids, gradient))
-        return gradient.new_zeros(1), None, None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor, None, None]:
+        if gradient is not None:  # pieces of a cut have left theirs already
+            ctx.table.gradients.append((ctx.ids, gradient))
+        return torch.zeros(1), None, None
 
 
-def _sum_repeated(ids: Tensor, gradient: Tensor) -> None:
-    """Leave the gradients (n, D) of a row that is there several times with the first, as their sum;
-    the others become 0.
+class _Cut(torch.autograd.Function):
+    """Looked-up rows in pieces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, table: _RowTable, lengths: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        place, ids = table.looked_up
+        assert place == rows.data_ptr(), "only rows as they were looked up last can be cut"
+        ctx.table, ctx.ids = table, ids.split(lengths)
+        pieces: tuple[Tensor, ...] = rows.split(list(lengths))
+        return pieces
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
+        found = zip(ctx.ids, gradients, strict=True)
+        ctx.table.gradients += [(ids, one) for ids, one in found if one is not None]
+        return None, None, None
+
+
+def _sum_repeated(ids: Tensor, gradients: list[Tensor]) -> None:
+    """Leave the gradients of a row that is there several times with the first, as their sum; the
+    others become 0. ids (n,) are those of all gradients, (n_i, D) each, one behind the other.
     """
     n = len(ids)
     bits = max(1, (n - 1).bit_length())
@@ -148,17 +194,26 @@ def _sum_repeated(ids: Tensor, gradient: Tensor) -> None:
     is_first = ~is_repeated
     is_repeated[:-1] |= same
     is_first = is_first[is_repeated]
-    places = torch.from_numpy(keys[is_repeated] & ((1 << bits) - 1))
-    numbers = torch.from_numpy(np.cumsum(is_first) - 1)
-    sums = gradient.new_zeros(int(numbers[-1]) + 1, gradient.shape[1])
-    _add_rows(sums, numbers, gradient.index_select(0, places))
-    gradient.index_fill_(0, places, 0.0)
-    gradient.index_copy_(0, places[torch.from_numpy(is_first)], sums)
+    places = keys[is_repeated] & ((1 << bits) - 1)
+    numbers = np.cumsum(is_first) - 1
+    sums = gradients[0].new_zeros(int(numbers[-1]) + 1, gradients[0].shape[1])
+    start = 0
+    firsts = []
+    for gradient in gradients:
+        is_here = (places >= start) & (places < start + len(gradient))
+        here, of = torch.from_numpy(places[is_here] - start), torch.from_numpy(numbers[is_here])
+        _add_rows(sums, of, gradient.index_select(0, here))
+        gradient.index_fill_(0, here, 0.0)
+        lead = torch.from_numpy(is_first[is_here])
+        firsts.append((gradient, here[lead], of[lead]))
+        start += len(gradient)
+    for gradient, here, of in firsts:
+        gradient.index_copy_(0, here, sums.index_select(0, of))
 
 
 def _add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
     """table[ids] += rows, (n, D); ids that are there twice are added twice."""
     if rows.shape[1] < SPREAD_FROM:
         table.index_add_(0, ids, rows)
-    else:  # index_add_ does the same on one thread
+    elif len(ids):  # index_add_ does the same on one thread
         table.scatter_add_(0, ids.unsqueeze(1).expand_as(rows), rows)

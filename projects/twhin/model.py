@@ -119,7 +119,7 @@ class TwhinModel(nn.Module):
             torch.zeros((), device=device),
         )
         total = total + sum(part.sum() for part in rows.values() if not len(part))
-        sections = self._sections(batch, rows)
+        sections = self._sections(batch, rows, as_looked_up=self._changes_no_rows())
         share = self._common_share(data)
         whole = self._whole(batch) if data.all_negatives else {}
         for group in batch.groups:
@@ -257,16 +257,24 @@ class TwhinModel(nn.Module):
             return rows
         return F.dropout(rows, share)
 
-    def _sections(self, batch: EdgeBatch, rows: dict[str, Tensor]) -> dict[str, Iterator[Tensor]]:
-        """Table → its rows cut into the lookups of the batch, in their order. One split: its
-        backward is one copy.
-        """
+    def _changes_no_rows(self) -> bool:
+        """Whether rows are scored as they are looked up."""
+        drops_out = self._config.embedding_dropout and torch.is_grad_enabled()
+        return self.anchors is None and not drops_out
+
+    def _sections(
+        self, batch: EdgeBatch, rows: dict[str, Tensor], *, as_looked_up: bool = False
+    ) -> dict[str, Iterator[Tensor]]:
+        """Table → its rows cut into the lookups of the batch, in their order."""
         lengths: dict[str, list[int]] = {}
         for group in batch.groups:
             for table, ids in group.lookups():
                 lengths.setdefault(table, []).append(len(ids))
         if self._config.biases:
             lengths |= {table + BIAS: found for table, found in lengths.items()}
+        if as_looked_up:
+            cut = self.tables.cut
+            return {table: iter(cut(table, rows[table], n)) for table, n in lengths.items()}
         return {table: iter(rows[table].split(found)) for table, found in lengths.items()}
 
     def _entities(self, sections: Mapping[str, Iterator[Tensor]], table: str) -> Entities:
