@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from projects.twhin.anchors import FOLDER, map_rows, path_of
 from projects.twhin.previous import open_previous
-from projects.twhin.warm_start import match, read_report
+from projects.twhin.vocabulary import match
+from projects.twhin.warm_start import read_report
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError
 from tml.data.parquet import DataError

@@ -3,19 +3,18 @@
     python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best] [--output=FOLDER]
         [--format parquet npy safetensors] [--quantize fp16 int8 pq] [--index auto|none|KIND]
 
-By default parquet: `<folder>/<table>.parquet` with columns id (int64), entity (string; where the
-table has a vocabulary), bias (float32; where the model has them), vector (list of D float32), and
-`<folder>/relations.parquet` with columns id, relation, operator, vector (b_r, d_r or c_r of the
+Parquet is the default: `<folder>/<table>.parquet` with columns id (int64), entity (string; where
+the table has a vocabulary), bias (float32; where the model has them), vector (list of D float32),
+and `<folder>/relations.parquet` with columns id, relation, operator, vector (b_r, d_r or c_r of the
 operator, 0 where it has none); for linear and affine operators `relation_matrices.parquet`, whose
 vector is A_r row by row. With reciprocal relations those of the inverse directions follow, named
-`<relation>:inverse`. The other formats are described in `exported`, quantised vectors and
+`<relation>:inverse`. The run's own folder, RUN/vectors, has parquet in any case: warm starts and
+the ranker read it. The other formats are described in `exported`, quantised vectors and
 quantization.json in `quantize`, FAISS indexes in `index`.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from projects.twhin import quantize
 from projects.twhin.best import STEP_HELP, best_step, step_argument
-from projects.twhin.config import ModelConfig, TableConfig, TwhinConfig
+from projects.twhin.config import ModelConfig, TwhinConfig
 from projects.twhin.exported import DESCRIPTION, FORMATS, RELATIONS, Exported
 from projects.twhin.model import Vectors, saved_names
 from projects.twhin.operators import PARAMETERS
+from projects.twhin.output_folder import replaced
 from projects.twhin.quantize import Quantised
 from projects.twhin.vector_files import (
     WRITERS,
@@ -43,9 +41,9 @@ from projects.twhin.vector_files import (
     write_description,
     write_ids,
 )
-from tml import checkpoint
+from projects.twhin.vocabulary import names_of, refuse_replaced
+from tml import checkpoint, program
 from tml.config import ConfigError, load_config
-from tml.data.parquet import DataError, ParquetRows
 
 COST = "quantization.json"
 OURS = frozenset([".parquet", ".npy", ".safetensors", ".faiss"])
@@ -93,20 +91,8 @@ def export_vectors(
 
     step: whose vectors they are. measure: what says what quantising costs, for quantization.json.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not _is_ours(folder):
-        raise DataError(
-            f"{folder} holds something else than exported vectors; choose another --output"
-        )
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced(folder, _is_ours(folder), "exported vectors") as temporary:
         _write(vectors, config, temporary, options, step, measure)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(folder.iterdir())
 
 
@@ -122,7 +108,7 @@ def _write(
         table.name: TableRows(
             vectors.tables[table.name].contiguous().numpy(),
             vectors.biases[table.name].contiguous().numpy() if config.biases else None,
-            _read_vocabulary(table),
+            names_of(table),
         )
         for table in config.embeddings.tables
     }
@@ -199,7 +185,8 @@ def resolve_run(
     run: Path, step: int | str | None, overrides: Sequence[str] = ()
 ) -> tuple[Path, TwhinConfig]:
     """The step folder (the newest complete one where `step` is None, the one that best.json names
-    where it is "best") of a run folder, and the config it was made with.
+    where it is "best") of a run folder, and the config it was made with. Raises CheckpointError
+    where there is none, or where the vocabularies of the config are other ones by now.
     """
     if step == "best":
         step = best_step(run)
@@ -209,44 +196,50 @@ def resolve_run(
             raise checkpoint.CheckpointError(f"{run} holds no complete step folder; train first")
         step = steps[-1]
     folder = run / str(step)
-    checkpoint.load_meta(folder)
-    return folder, load_config(TwhinConfig, folder / checkpoint.CONFIG, overrides)
+    meta = checkpoint.load_meta(folder)
+    config = load_config(TwhinConfig, folder / checkpoint.CONFIG, overrides)
+    refuse_replaced(folder, meta, config.model)
+    return folder, config
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = _parse(argv)
+    return program.exit_code(lambda: _export(arguments), arguments.output or arguments.run)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    formats = list(arguments.formats or ["parquet"])
+    if arguments.output is None and "parquet" not in formats:
+        formats.insert(0, "parquet")  # the run's own vectors: warm starts and the ranker read it
     options = ExportOptions(
-        list(dict.fromkeys(arguments.formats or ["parquet"])),
+        list(dict.fromkeys(formats)),
         list(dict.fromkeys(arguments.quantize or ())),
         arguments.pq_bytes,
         arguments.index,
     )
-    try:
-        folder, config = resolve_run(arguments.run, arguments.step)
+    if arguments.max_edges is not None and arguments.max_edges < 1:
+        raise ConfigError(f"--max-edges: {arguments.max_edges} edges tell nothing; give 1 or more")
+    folder, config = resolve_run(arguments.run, arguments.step)
+    if "pq" in options.quantize:
         dim = config.model.embeddings.tables[0].embedding_dim
-        if "pq" in options.quantize:
-            quantize.check_pq_bytes(dim, arguments.pq_bytes)
-        output = arguments.output or arguments.run / "vectors"
-        vectors = load_vectors(folder, config.model)
-        measure = None
-        if options.quantize:
-            from projects.twhin import quantization_cost
+        quantize.check_pq_bytes(dim, arguments.pq_bytes)
+    output = arguments.output or arguments.run / "vectors"
+    vectors = load_vectors(folder, config.model)
+    measure = None
+    if options.quantize:
+        from projects.twhin import quantization_cost
 
-            measure = partial(
-                quantization_cost.measure,
-                config,
-                vectors,
-                split=arguments.split,
-                max_edges=arguments.max_edges,
-            )
-        step = int(folder.name)
-        paths = export_vectors(vectors, config.model, output, options, step, measure)
-        _show(paths, as_json=arguments.json)
-    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        measure = partial(
+            quantization_cost.measure,
+            config,
+            vectors,
+            split=arguments.split,
+            max_edges=arguments.max_edges,
+        )
+    paths = export_vectors(vectors, config.model, output, options, int(folder.name), measure)
+    _show(paths, as_json=arguments.json)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -260,7 +253,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         choices=FORMATS,
-        help="of the full vectors, several allowed; default: parquet",
+        help="of the full vectors, several allowed; RUN/vectors has parquet in any case",
     )
     parser.add_argument(
         "--quantize",
@@ -320,51 +313,16 @@ def _show(paths: Sequence[Path], *, as_json: bool) -> None:
         Console().print(quantization_cost.render(costs))
 
 
-def check_vocabularies(config: ModelConfig) -> None:
-    """Refuse a vocabulary that export could not use, before time is spent on training."""
-    for table in config.embeddings.tables:
-        if table.vocab is not None:
-            rows = ParquetRows(table.vocab, ["id"]).num_rows
-            _check_length(table, rows)
+def _is_ours(folder: Path) -> Callable[[Path], bool]:
+    """Whether a file of `folder` is one of an export; none is where nothing says that it is one."""
+    names = {DESCRIPTION, f"{RELATIONS}.parquet"}
+    is_export = any((folder / name).is_file() for name in names)
 
+    def known(path: Path) -> bool:
+        named = path.name in (DESCRIPTION, COST) or path.name.endswith(".index.json")
+        return is_export and (named or path.suffix in OURS)
 
-def _check_length(table: TableConfig, num_names: int) -> None:
-    if num_names != table.num_embeddings:
-        raise DataError(
-            f"vocabulary {table.vocab} has {num_names:,} entities, table {table.name!r} has "
-            f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty or holds nothing but an export: the only kind that is replaced."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if names and DESCRIPTION not in names and f"{RELATIONS}.parquet" not in names:
-        return False
-    known = {DESCRIPTION, COST}
-    return all(
-        path.is_file()
-        and (path.suffix in OURS or path.name in known or path.name.endswith(".index.json"))
-        for path in folder.iterdir()
-    )
-
-
-def _read_vocabulary(table: TableConfig) -> list[str] | None:
-    """Entity names in the order of their ids, or None where the table has no vocabulary."""
-    if table.vocab is None:
-        return None
-    try:
-        vocabulary = pq.read_table(table.vocab, columns=["id", "entity"]).sort_by("id")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"vocabulary {table.vocab} of table {table.name!r} cannot be read: {error}"
-        ) from error
-    _check_length(table, vocabulary.num_rows)
-    names = vocabulary.column("entity").cast(pa.string()).to_pylist()
-    assert isinstance(names, list)
-    return names
+    return known
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ the model has them; it has been through the relation's operator.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,11 @@ from projects.twhin.clusters import Clusters
 from projects.twhin.config import TableConfig
 from projects.twhin.edges import Ids
 from projects.twhin.modes import Modes
-from projects.twhin.vocabulary import read_names
-from tml.data.parquet import DataError
+from projects.twhin.output_folder import replaced
+from projects.twhin.vocabulary import names_of
 
 DESCRIPTION = "mixture.json"
+FILES = frozenset([DESCRIPTION, "modes.parquet", "items.parquet", "clusters.parquet"])
 
 
 def write_mixture(
@@ -45,25 +44,11 @@ def write_mixture(
     modes: blocks of (users, their modes), in the order of the users' ids. Raises DataError where
     the folder holds something else.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not _is_ours(folder):
-        raise DataError(f"{folder} holds something else than a mixture; choose another --output")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced(folder, lambda path: path.name in FILES, "a mixture") as temporary:
         _write_clusters(temporary / "clusters.parquet", clusters)
         _write_items(temporary / "items.parquet", items, clusters)
         _write_modes(temporary / "modes.parquet", users, clusters.centroids.shape[1], modes)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / DESCRIPTION).exists() or not any(folder.iterdir()))
 
 
 def _write_clusters(path: Path, clusters: Clusters) -> None:
@@ -78,7 +63,7 @@ def _write_clusters(path: Path, clusters: Clusters) -> None:
 
 def _write_items(path: Path, table: TableConfig, clusters: Clusters) -> None:
     columns = {"id": pa.array(range(len(clusters.of_items)), pa.int64())}
-    if (names := _names(table)) is not None:
+    if (names := names_of(table)) is not None:
         columns["entity"] = names
     columns["cluster"] = pa.array(clusters.of_items.int().numpy())
     pq.write_table(pa.table(columns), path, compression="zstd")
@@ -87,7 +72,7 @@ def _write_items(path: Path, table: TableConfig, clusters: Clusters) -> None:
 def _write_modes(
     path: Path, table: TableConfig, dim: int, modes: Iterable[tuple[Ids, Modes]]
 ) -> None:
-    names = _names(table)
+    names = names_of(table)
     fields: list[tuple[str, Any]] = [("cluster", pa.int32()), ("weight", pa.float32())]
     mode = pa.struct([*fields, ("vector", pa.list_(pa.float32(), dim))])
     columns: list[tuple[str, Any]] = [("id", pa.int64())]
@@ -117,16 +102,3 @@ def _mode_lists(modes: Modes, kind: Any) -> Any:
 def _vectors(rows: torch.Tensor) -> Any:
     values = pa.array(rows.detach().contiguous().numpy().ravel())
     return pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
-
-
-def _names(table: TableConfig) -> pa.LargeStringArray | None:
-    """The entities in the order of their ids."""
-    if table.vocab is None:
-        return None
-    names = read_names(table.vocab, "vocabulary")
-    if len(names) != table.num_embeddings:
-        raise DataError(
-            f"vocabulary {table.vocab} has {len(names):,} entities, table {table.name!r} has "
-            f"{table.num_embeddings:,} rows; use the vocabulary of this data"
-        )
-    return names

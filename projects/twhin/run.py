@@ -114,7 +114,7 @@ def run(
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
                 ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)
-        export.check_vocabularies(config.model)
+        vocabulary.check_lengths(config.model)
         vocabularies = vocabulary.fingerprints(config.model) if job.is_chief else {}
 
         # Run folder.

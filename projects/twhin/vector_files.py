@@ -4,7 +4,7 @@ All are written in blocks or straight from memory, so that no second copy of a t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class TableRows:
 
     vectors: Floats  # (N, D)
     biases: Floats | None = None  # (N,)
-    names: Sequence[str] | None = None
+    names: pa.LargeStringArray | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_ids(folder: Path, tables: Mapping[str, TableRows]) -> None:
     for name, table in tables.items():
         if table.names is not None:
             ids = pa.array(np.arange(len(table.names), dtype=np.int64))
-            columns = {"id": ids, "entity": pa.array(table.names, pa.large_string())}
+            columns = {"id": ids, "entity": table.names}
             pq.write_table(pa.table(columns), folder / f"{name}{IDS}.parquet", compression="zstd")
 
 
@@ -120,6 +120,8 @@ def _write_rows(path: Path, rows: Floats, columns: dict[str, Any]) -> None:
             stop = start + len(block)
             arrays = [pa.array(range(start, stop), pa.int64())]
             for field, values in zip(fields[1:], columns.values(), strict=True):
-                arrays.append(pa.array(values[start:stop], field.type))
+                part = values[start:stop]
+                is_arrow = isinstance(part, pa.Array)
+                arrays.append(part.cast(field.type) if is_arrow else pa.array(part, field.type))
             arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim))
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -12,28 +12,60 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from projects.twhin.config import ModelConfig
+from projects.twhin.config import ModelConfig, TableConfig
 from tml.checkpoint import CheckpointError
-from tml.data.parquet import DataError
+from tml.data.parquet import DataError, ParquetRows
 
 META_KEY = "vocabularies"
 Fingerprints = dict[str, dict[str, Any]]
+Ints = NDArray[np.int64]
 
 
 def read_names(path: Path | str, what: str) -> pa.LargeStringArray:
     """The column entity of a parquet file in the order of its column id. `what` names the file in
     errors: "vocabulary" or "vectors".
     """
-    try:
-        table = pq.read_table(path, columns=["id", "entity"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}") from error
-    ids = table.column("id").to_numpy()
-    if len(ids) and not (ids[:-1] < ids[1:]).all():
-        table = table.take(np.argsort(ids, kind="stable"))
-    names = table.column("entity").cast(pa.large_string()).combine_chunks()
-    return pa.concat_arrays(names.chunks) if isinstance(names, pa.ChunkedArray) else names
+    return _read(path, what)[1]
+
+
+def names_of(table: TableConfig) -> pa.LargeStringArray | None:
+    """The entities of a table in the order of its rows; None where it has no vocabulary. Raises
+    DataError where the vocabulary does not name each row once.
+    """
+    if table.vocab is None:
+        return None
+    ids, names = _read(table.vocab, "vocabulary")
+    _check_length(table, len(names))
+    if len(wrong := np.flatnonzero(ids != np.arange(len(ids)))):
+        raise DataError(
+            f"vocabulary {table.vocab}: in place of the id {wrong[0]} there is "
+            f"{ids[wrong[0]]}; the ids of table {table.name!r} must be 0 to "
+            f"{table.num_embeddings - 1:,}, each once"
+        )
+    return names
+
+
+def check_lengths(config: ModelConfig) -> None:
+    """Refuse a vocabulary of another number of rows, without reading its names."""
+    for table in config.embeddings.tables:
+        if table.vocab is not None:
+            _check_length(table, ParquetRows(table.vocab, ["id"]).num_rows)
+
+
+def match(names: pa.LargeStringArray, previous: pa.LargeStringArray, table: str) -> Ints:
+    """Place of each of `names` in `previous`, −1 where it is new; (rows,)."""
+    for which, found in (("this run's", names), ("the previous", previous)):
+        if len(found.unique()) < len(found):
+            counts = found.value_counts()
+            double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
+            raise DataError(
+                f"warm_start: table {table!r}: {which} vocabulary has the entity "
+                f"{double.as_py()!r} twice; its row cannot be told"
+            )
+    places: Ints = pc.index_in(names, value_set=previous).fill_null(-1).to_numpy().astype(np.int64)
+    return places
 
 
 def fingerprint(names: pa.LargeStringArray) -> str:
@@ -53,9 +85,7 @@ def fingerprints(config: ModelConfig) -> Fingerprints:
     return {
         table.name: {
             "rows": table.num_embeddings,
-            "entities": None
-            if table.vocab is None
-            else fingerprint(read_names(table.vocab, "vocabulary")),
+            "entities": None if (names := names_of(table)) is None else fingerprint(names),
         }
         for table in config.embeddings.tables
     }
@@ -84,3 +114,49 @@ def refuse_another(folder: Path, meta: dict[str, Any], now: Fingerprints) -> Non
                 f"checkpoint {folder} is of another vocabulary: table {name!r} has as many rows, "
                 f"but other entities or another order of them; {remedy}"
             )
+
+
+def refuse_replaced(folder: Path, meta: dict[str, Any], config: ModelConfig) -> None:
+    """As `refuse_another`, for the vocabularies of the run's own config: a file may have been
+    written anew since. One that is not there is not compared.
+    """
+    if META_KEY not in meta:
+        return
+    tables = [
+        table if table.vocab and Path(table.vocab).is_file() else _nameless(table)
+        for table in config.embeddings.tables
+    ]
+    embeddings = config.embeddings.model_copy(update={"tables": tables})
+    now = fingerprints(config.model_copy(update={"embeddings": embeddings}))
+    refuse_another(folder, meta, now)
+
+
+def _nameless(table: TableConfig) -> TableConfig:
+    return table.model_copy(update={"vocab": None})
+
+
+def _read(path: Path | str, what: str) -> tuple[Ints, pa.LargeStringArray]:
+    """The columns id, ascending, and entity."""
+    try:
+        table = pq.read_table(path, columns=["id", "entity"])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}") from error
+    # pyarrow leaves out what is not there without a word.
+    if missing := [name for name in ("id", "entity") if name not in table.column_names]:
+        raise DataError(f"{what} {path} has no column {missing[0]}; it must have id and entity")
+    ids = table.column("id").to_numpy()
+    if len(ids) and not (ids[:-1] < ids[1:]).all():
+        order = np.argsort(ids, kind="stable")
+        ids, table = ids[order], table.take(order)
+    names = table.column("entity").cast(pa.large_string()).combine_chunks()
+    if isinstance(names, pa.ChunkedArray):
+        names = pa.concat_arrays(names.chunks)
+    return ids, names
+
+
+def _check_length(table: TableConfig, num_names: int) -> None:
+    if num_names != table.num_embeddings:
+        raise DataError(
+            f"vocabulary {table.vocab} has {num_names:,} entities, table {table.name!r} has "
+            f"{table.num_embeddings:,} rows; set num_embeddings or use the vocabulary of this data"
+        )

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from rich import box
@@ -25,10 +24,10 @@ from torch import Tensor
 from projects.twhin.anchors import FOLDER, Anchors, map_rows, path_of
 from projects.twhin.config import BIAS, ModelConfig, TableConfig, TwhinConfig
 from projects.twhin.model import SINGULAR, TwhinModel
-from projects.twhin.neighbours import neighbour_starts
+from projects.twhin.new_rows import neighbour_starts
 from projects.twhin.operators import PARAMETERS
 from projects.twhin.previous import INVERSE, Previous, open_previous
-from projects.twhin.vocabulary import read_names
+from projects.twhin.vocabulary import match, names_of
 from projects.twhin.warm_start_config import WarmStartConfig
 from tml import distributed, run_folder
 from tml.checkpoint import CheckpointError
@@ -118,20 +117,6 @@ def anchors(config: TwhinConfig, save_dir: Path) -> Anchors | None:
     return Anchors(folder, known, settings.pull, freeze=settings.freeze)
 
 
-def match(names: pa.LargeStringArray, previous: pa.LargeStringArray, table: str) -> Ints:
-    """Place of each of `names` in `previous`, −1 where it is new; (rows,)."""
-    for which, found in (("this run's", names), ("the previous", previous)):
-        if len(found.unique()) < len(found):
-            counts = found.value_counts()
-            double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
-            raise DataError(
-                f"warm_start: table {table!r}: {which} vocabulary has the entity "
-                f"{double.as_py()!r} twice; its row cannot be told"
-            )
-    places: Ints = pc.index_in(names, value_set=previous).fill_null(-1).to_numpy().astype(np.int64)
-    return places
-
-
 # What the chief does
 
 
@@ -148,8 +133,8 @@ def _write(
     tables: Report = {}
     for name in _tables(previous, settings, config.model):
         table = next(t for t in config.model.embeddings.tables if t.name == name)
-        assert table.vocab is not None
-        names, before = read_names(table.vocab, "vocabulary"), previous.names(name)
+        names, before = names_of(table), previous.names(name)
+        assert names is not None
         places = match(names, before, name)
         matched = int((places >= 0).sum())
         _write_rows(path_of(folder, name), previous.rows(name), places, f"table {name!r}", names)
