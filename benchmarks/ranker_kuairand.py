@@ -144,7 +144,7 @@ def train_twhin(data: Path, folder: Path) -> list[str]:
         [
             *TORCHRUN,
             twhin / "run.py",
-            f"--config_yaml_path={twhin}/config/kuairand.yaml",
+            f"--config_yaml_path={twhin}/config/user_item.yaml",
             f"--graph={graph}",
             f"--save_dir={folder}/run",
         ]
