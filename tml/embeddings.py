@@ -79,6 +79,10 @@ class Tables(nn.Module, ABC):
         """
         return tuple(rows.split(list(lengths)))
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of one table (n, D) float32, where whole tables are given out too."""
+        raise NotImplementedError(f"{type(self).__name__} looks up all tables at once")
+
     def whole(self, name: str) -> Tensor:
         """All rows of a table (rows, D) float32; their gradient updates it, together with that of
         rows looked up before the same backward pass.
@@ -280,6 +284,10 @@ class PlainTables(Tables):
     def forward(self, ids: Ids) -> Rows:
         """Look up; see Tables."""
         return {spec.name: self._tables[spec.name].look_up(ids[spec.name]) for spec in self.specs}
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """See Tables."""
+        return self._tables[name].look_up(ids)
 
     def whole(self, name: str) -> Tensor:
         """See Tables."""

@@ -131,7 +131,9 @@ def side_loss(
 ) -> Tensor:
     """Sum of the losses of the edges whose questions are (asking, relation), (u,) of them."""
     temperature = None if config.softmax is None else config.softmax.temperature
-    queries = scoring.queries(side, asking, relation)
+    # What is the same for all candidates has no part in the softmax; the rounding left of its
+    # gradient would be a whole step to Adagrad.
+    queries = scoring.queries(side, asking, relation, needs_extra=temperature is None)
     objective = one_vs_all.Objective(temperature, positive_share)
     return one_vs_all.full_loss(scoring.comparator, queries, candidates, answers, objective)
 

@@ -31,6 +31,14 @@ from projects.twhin.scoring import Entities, Queries, chunked
 
 SMALLEST_ROOT = 1.001 * SMALLEST_SQUARE**0.5
 """A distance that is no greater has no gradient."""
+LEAST_LOG = -64.0
+"""Of a share: what is less likely than e^−64 = 1.6e-28 is lost in float32 sums anyway, and as a
+number below 1.2e-38 (denormal) would make exponentials and products a hundred times slower.
+"""
+LEAST_LOGIT = -20.0
+"""What is less counts e^−20 = 2e-9 in a logistic loss; its gradient is exact below too. Between −52
+and −26 powers of e^x in the logarithm's series are denormal.
+"""
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,7 @@ class _Distances:
 def _derive(
     positive: Tensor, negative: Tensor, weight: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """(loss, ∂positive); negative (n, K) becomes its own derivative, 0 where it is −∞."""
+    """(loss, ∂positive); negative (n, K) becomes its own derivative, none where it is −∞."""
     if objective.temperature is not None:
         return _softmax(positive, negative, weight, objective.temperature)
     if objective.margin is not None:
@@ -297,7 +305,7 @@ def _softmax(
     """See _derive; `negative` is divided by the temperature already."""
     positive = positive / temperature
     top = torch.maximum(negative.amax(dim=1), positive)
-    negative.sub_(top.unsqueeze(1)).exp_()
+    negative.sub_(top.unsqueeze(1)).clamp_min_(LEAST_LOG).exp_()
     own = (positive - top).exp_()
     total = negative.sum(dim=1) + own
     loss = total.log() + top - positive
@@ -310,8 +318,8 @@ def _logistic(
     positive: Tensor, negative: Tensor, weight: Tensor | None, *, counts_positive: bool
 ) -> tuple[Tensor, Tensor]:
     """See _derive."""
-    loss = F.softplus(negative).sum(dim=1)
-    negative.sigmoid_()
+    loss = F.softplus(negative.clamp_min(LEAST_LOGIT)).sum(dim=1)
+    negative.clamp_min_(LEAST_LOG).sigmoid_()
     d_positive = torch.zeros_like(positive)
     if counts_positive:
         loss += F.softplus(-positive)

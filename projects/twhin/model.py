@@ -163,14 +163,12 @@ class TwhinModel(nn.Module):
             batch, weights if self._weighted else None, self.operators, penalised=penalised
         )
         whole, rows = {}, {}
+        answering_tables = {one.answer_table for one in asked}
         for name, ids in ids_by_table(asked).items():
-            all_vectors, vectors = self.tables.whole_and_rows(name, ids)
-            all_biases = biases = None
-            if config.biases:
-                found = self.tables.whole_and_rows(name + BIAS, ids)
-                all_biases, biases = found[0][:, 0], found[1][:, 0]
-            whole[name] = Entities(self._drop_out(name, all_vectors), all_biases)
-            rows[name] = Entities(self._drop_out(name, vectors), biases)
+            if name in answering_tables:
+                whole[name], rows[name] = self._whole_and_rows(name, ids)
+            else:  # a table that only asks may have millions of rows that have no gradient
+                rows[name] = self._rows(name, ids)
         share = self._common_share(data)
         total = sum(
             (parameter.sum() * 0.0 for parameter in self.operators.parameters()),
@@ -195,6 +193,24 @@ class TwhinModel(nn.Module):
                     one, asking.vectors, answering.vectors, self.operators, config
                 )
         return total
+
+    def _whole_and_rows(self, table: str, ids: Tensor) -> tuple[Entities, Entities]:
+        """All entities of a table, and those at ids (n,)."""
+        both = self.tables.whole_and_rows(table, ids)
+        biases: tuple[Tensor | None, ...] = (None, None)
+        if self._config.biases:
+            biases = tuple(one[:, 0] for one in self.tables.whole_and_rows(table + BIAS, ids))
+        whole, rows = (
+            Entities(self._drop_out(table, vectors), own)
+            for vectors, own in zip(both, biases, strict=True)
+        )
+        return whole, rows
+
+    def _rows(self, table: str, ids: Tensor) -> Entities:
+        """The entities of a table at ids (n,)."""
+        vectors = self._drop_out(table, self.tables.rows(table, ids))
+        has_biases = self._config.biases
+        return Entities(vectors, self.tables.rows(table + BIAS, ids)[:, 0] if has_biases else None)
 
     def _loss(
         self,

@@ -26,14 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from projects.twhin.comparators import SMALLEST_SQUARE, Comparator, wide
-from projects.twhin.gradients import Written
+from projects.twhin.gradients import LEAST_LOG, LEAST_LOGIT, SMALLEST_ROOT, Written
 from projects.twhin.scoring import Entities, Queries
 
-LEAST_LOG = -64.0
-"""Of a share: what is less likely than e^−64 = 1.6e-28 is lost in float32 sums anyway, and as a
-number below 1.2e-38 (denormal) would make the products a hundred times slower.
-"""
-SMALLEST_ROOT = 1.001 * SMALLEST_SQUARE**0.5
 BLOCK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Scores of a block at most: on a processor they stay in its cache, a GPU wants large products."""
 
@@ -188,10 +183,9 @@ def _logistic(
     """The loss of a block; where it learns, scores (b, N) become their own derivative."""
     places = (own.question, own.entity)
     true = scores[places]
-    scores.clamp_min_(LEAST_LOG)
-    loss = counts @ F.softplus(scores).sum(dim=1)
+    loss = counts @ F.softplus(scores.clamp_min(LEAST_LOGIT)).sum(dim=1)
     if learns:
-        scores.sigmoid_()
+        scores.clamp_min_(LEAST_LOG).sigmoid_()
         scores *= counts.unsqueeze(1)
         change = positive_share * torch.sigmoid(-true) + torch.sigmoid(true)
         scores.index_put_(places, -own.weight * change, accumulate=True)

@@ -3,6 +3,7 @@ passes that ask for one side at a time make epochs of both.
 """
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projects.twhin import dataset_worker, one_vs_all
+from projects.twhin import dataset_worker, gradients, one_vs_all
 from projects.twhin.anchors import Anchors
 from projects.twhin.config import DataConfig, ModelConfig, RuntimeConfig
 from projects.twhin.data import EdgeBatch, EdgeLayout, build_reader, read_batches, to_batch
@@ -313,6 +314,48 @@ def test_auto_precision_is_that_of_the_machine_and_said(
         assert uses_bfloat16(RuntimeConfig(enable_amp=given), JOB.device) == given
 
 
+def two_tables(loss: dict[str, Any], optimizer: dict[str, Any], **extra: Any) -> ModelConfig:
+    """Users who are asked for items alone."""
+    table = {"num_embeddings": ROWS, "embedding_dim": DIM, "optimizer": optimizer}
+    tree = {
+        "embeddings": {"tables": [{"name": "user", **table}, {"name": "item", **table}]},
+        "relations": [{"name": "likes", "lhs": "user", "rhs": "item", "operator": "identity"}],
+        "loss": loss,
+        "init_scale": 1.0,
+    }
+    return ModelConfig.model_validate({**tree, **extra})
+
+
+def train_on(config: ModelConfig, edges: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Tables after one update an edge (user, item), asked for its item."""
+    tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
+    model = TwhinModel(config, tables)
+    data = ALL.model_copy(update={"asks": "rhs"})
+    for user, item in edges:
+        edge = {"lhs": np.array([user]), "rel": np.array([0]), "rhs": np.array([item])}
+        batch = to_batch(edge, EdgeLayout(config), data, np.random.default_rng(0), 1)
+        model(batch, data).backward()
+    return {name: tensor.clone() for name, tensor in tables.state().items()}
+
+
+def test_rows_that_ask_nothing_stay_with_the_momentum_of_adam() -> None:
+    config = two_tables({"softmax": {}}, {"adam": {"lr": 0.1}})
+    one, two = train_on(config, [(0, 1)]), train_on(config, [(0, 1), (2, 3)])
+    assert two["tables.user.weight"][0].equal(one["tables.user.weight"][0])
+    assert not two["tables.user.weight"][2].equal(one["tables.user.weight"][2])
+    assert two["tables.user.m"][0].equal(one["tables.user.m"][0])
+    assert not two["tables.item.weight"][1].equal(one["tables.item.weight"][1])
+
+
+@pytest.mark.parametrize(("loss", "learns"), [({"softmax": {}}, False), ({"logistic": {}}, True)])
+def test_biases_that_cancel_do_not_learn_from_rounding(loss: dict[str, Any], learns: bool) -> None:
+    """Adagrad would make a whole step of a gradient of 1e-8."""
+    config = two_tables(loss, {"adagrad": {"lr": 0.1}}, biases=True)
+    state = train_on(config, [(user, user) for user in range(ROWS)])
+    assert bool(state["tables.user.bias.weight"].any()) == learns
+    assert state["tables.item.bias.weight"].any()
+
+
 def test_unlikely_answers_make_no_denormal_numbers() -> None:
     """With them, products run a hundred times slower."""
     own = one_vs_all.Answers(torch.tensor([0]), torch.tensor([0]), torch.ones(1))
@@ -321,5 +364,15 @@ def test_unlikely_answers_make_no_denormal_numbers() -> None:
     softmax, logistic = row.clone(), row.clone()
     one_vs_all._softmax(softmax, torch.ones(1), own, 1.0, learns=True)
     one_vs_all._logistic(logistic, torch.ones(1), own, 1.0, learns=True)
-    for derivative in (softmax, logistic):
+    positive, drawn, hidden = row[:, 0], row[:, 1:].clone(), torch.full((1, 3), -torch.inf)
+    found = [softmax, logistic]
+    for negative in (drawn.clone(), hidden.clone()):
+        gradients._softmax(positive, negative, None, 1.0)
+        found.append(negative)
+    for negative in (drawn, hidden):
+        loss, _ = gradients._logistic(positive, negative, None, counts_positive=True)
+        assert loss == pytest.approx(math.log(2), abs=1e-7)
+        found.append(negative)
+    for derivative in found:
         assert not ((derivative != 0) & (derivative.abs() < smallest)).any()
+        assert (derivative[:, 1:].abs() < 1e-27).all()
