@@ -21,7 +21,7 @@ class Anchors:
 
     def __init__(self, folder: Path, tables: Sequence[str], pull: float, *, freeze: bool) -> None:
         """folder: that of the files `<table>.npy` (rows, D) float32; tables: those that have
-        one.
+        one, of biases too where they are frozen.
         """
         self.pull = pull
         """λ of λ ‖θ − θ_previous‖²."""

@@ -12,6 +12,7 @@ from pydantic import model_validator as validator
 
 from projects.twhin.comparators import Comparator
 from projects.twhin.evaluation_config import EvaluationConfig
+from projects.twhin.exported import refuse_table_names
 from projects.twhin.operators import Operator
 from projects.twhin.planted import PlantedConfig
 from projects.twhin.scoring import moves_to_the_query
@@ -110,6 +111,7 @@ class EmbeddingsConfig(Config):
     @validator(mode="after")
     def _check(self) -> Self:
         _refuse_doubles("tables", [table.name for table in self.tables])
+        refuse_table_names([table.name for table in self.tables])
         for field in ("embedding_dim", "data_type"):
             values = {table.name: getattr(table, field) for table in self.tables}
             if len(set(values.values())) > 1:
@@ -246,8 +248,6 @@ class ModelConfig(Config):
                         f"{table!r}; there are {', '.join(tables)}"
                     )
         self._check_operators()
-        if self.biases and (doubles := {f"{name}{BIAS}" for name in tables} & set(tables)):
-            raise ValueError(f"biases: the table name {min(doubles)!r} is needed for them")
         if self.translation_optimizer.kind == "rowwise_adagrad":
             raise ValueError("translation_optimizer: rowwise_adagrad is for tables; use adagrad")
         return self

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 
 from projects.twhin.anchors import FOLDER, map_rows, path_of
 from projects.twhin.previous import open_previous
+from projects.twhin.quantize import refuse_not_finite
 from projects.twhin.vocabulary import match
 from projects.twhin.warm_start import read_report
-from tml.checkpoint import CheckpointError
+from tml import program
 from tml.config import ConfigError
-from tml.data.parquet import DataError
 
 Report = dict[str, Any]
 
@@ -84,6 +84,8 @@ def of_run(save_dir: Path, tables: Mapping[str, Tensor]) -> Report | None:
 
 def between(old: Path, new: Path, k: int = K) -> Report:
     """Table → drift between two runs, rows matched by entity."""
+    if k < 1:
+        raise ConfigError(f"--k: {k} is no number of neighbors; give 1 or more")
     before, after = open_previous(old), open_previous(new)
     if before.dim != after.dim:
         raise ConfigError(
@@ -98,8 +100,11 @@ def between(old: Path, new: Path, k: int = K) -> Report:
         known = (places >= 0).nonzero().squeeze(1)
         if len(known):
             chosen = spread(known)
-            vectors = [torch.from_numpy(source.rows(name)) for source in (before, after)]
-            measured = measure(vectors[0][places[chosen]], vectors[1][chosen], k)
+            vectors = [source.rows(name) for source in (before, after)]
+            for rows in vectors:  # means of what is no number would be none
+                refuse_not_finite(name, rows)
+            old_rows, new_rows = map(torch.from_numpy, vectors)
+            measured = measure(old_rows[places[chosen]], new_rows[chosen], k)
             report[name] = {"matched": len(known), **measured}
     if not report:
         raise ConfigError(f"{before.folder} and {after.folder} have no entity in common")
@@ -190,18 +195,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=K, help=f"nearest to compare; default {K}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        report = between(
-            arguments.previous or _started_from(arguments.run), arguments.run, arguments.k
-        )
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return program.exit_code(lambda: _show(arguments), arguments.run)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    previous = arguments.previous or _started_from(arguments.run)
+    report = between(previous, arguments.run, arguments.k)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
         Console().print(render(report))
-    return 0
 
 
 def _started_from(run: Path) -> Path:

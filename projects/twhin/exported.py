@@ -15,7 +15,7 @@ other formats of `<table>.ids.parquet` (a name may hold line breaks, so text is 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,23 @@ RELATIONS, MATRICES = "relations", "relation_matrices"
 BIAS, IDS = ".bias", ".ids"
 
 Floats = NDArray[np.float32]
+
+
+def refuse_table_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a table whose name is that of another file: names begin those of
+    files.
+    """
+    for name in names:
+        if name in (RELATIONS, MATRICES):
+            raise ValueError(f"tables: {name!r} is the name of an exported file; rename the table")
+        if name.startswith(".") or not {"/", "\0"}.isdisjoint(name):
+            raise ValueError(f"tables: {name!r} cannot be the name of a file; rename the table")
+        for other in names:
+            if name.startswith(f"{other}."):
+                raise ValueError(
+                    f"tables: {name!r} may be the name of a file, or of the biases, of the table "
+                    f"{other!r}; rename the table"
+                )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from projects.twhin.exported import Exported, Floats
 from projects.twhin.queries import Query, compare, normalised, related, search_exactly, similarity
 from projects.twhin.queries import similar as similar_query
 from tml.config import ConfigError
+from tml.data.parquet import DataError
 from tml.machines import environment
 
 FLAT_ROWS = 100_000
@@ -45,6 +47,8 @@ K = 10
 WANTED_RECALL = 0.95
 RESCORED = 20
 """Candidates for each wanted row that are compared exactly where the index holds quantised ones."""
+HOLDS_VECTORS = re.compile(r"(IVF\d+(_HNSW\d*)?,)?Flat|HNSW\d*(,Flat)?")
+"""Kinds whose scores are exact; others round vectors, shorten them or count in other measures."""
 SIMILAR = ".similar"
 
 Ids = NDArray[np.int64]
@@ -158,7 +162,7 @@ def _plan(exported: Exported, table: str, answers: str, kind: str) -> IndexInfo 
         metric="l2" if is_distance else "inner_product",
         rows=num_rows,
         dim=width,
-        holds_vectors="PQ" not in factory and "SQ" not in factory,
+        holds_vectors=HOLDS_VECTORS.fullmatch(factory) is not None,
     )
 
 
@@ -272,13 +276,16 @@ def _sample_queries(exported: Exported, info: IndexInfo) -> list[Query]:
 
 
 def find_index(exported: Exported, table: str, query: Query) -> IndexInfo | None:
-    """The description of the index that answers a query; None where there is none."""
-    if query.operator is not None:
+    """The description of the index that answers a query; None where there is none, or no faiss."""
+    if query.operator is not None or find_spec("faiss") is None:
         return None
     for stem in (table, table + SIMILAR):
         path = exported.folder / f"{stem}.index.json"
         if path.exists():
-            info = IndexInfo(**json.loads(path.read_text()))
+            try:
+                info = IndexInfo(**json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise DataError(f"{path} cannot be read: {error!r}; export again") from error
             if (info.measure, info.with_biases) == (query.measure, query.with_biases):
                 return info
     return None

@@ -30,7 +30,7 @@ from projects.twhin.history import History
 from projects.twhin.mixture_report import PROTOCOL, Report, Tally, render
 from projects.twhin.mixture_retrieval import Retrieval, retrieve
 from projects.twhin.model import Vectors
-from projects.twhin.modes import Mixture, Modes, Space
+from projects.twhin.modes import NOBODY, Mixture, Modes, Space
 from tml.config import ConfigError
 
 BLOCK_USERS = 2048
@@ -142,7 +142,7 @@ class Comparison:
         self.users = users
         self.clusters = subject.cluster(history, settings)
         self._mixture = Mixture(subject.space, history, self.clusters, settings.seed)
-        self._neighbours: dict[int, Ids] = {}
+        self._neighbours: dict[tuple[int, bool], Ids] = {}
 
     def single(self) -> dict[str, float]:
         """Metrics of the model's own ranking."""
@@ -158,10 +158,11 @@ class Comparison:
         tally, retrieval = self._tally(), self._subject.retrieval
         for start, users in enumerate(blocks(self.users)):
             # Kept: where settings are chosen, the same users are asked for many times.
-            if start not in self._neighbours:
-                near = self._mixture.neighbours(users, settings.neighbors)
-                self._neighbours[start] = near.astype(np.int32)
-            modes = modes_of(self._mixture, users, self._neighbours[start], settings)
+            key = (start, settings.smoothing > 0)
+            if key not in self._neighbours:
+                near = neighbours_of(self._mixture, users, settings)
+                self._neighbours[key] = near.astype(np.int32)
+            modes = modes_of(self._mixture, users, self._neighbours[key], settings)
             lists = retrieval.of_modes(users, modes, self._history, max(self._k))
             for cut, k in enumerate(self._k):
                 candidates = retrieve(modes.weights, lists, k, retrieval.num_items)
@@ -170,6 +171,19 @@ class Comparison:
 
     def _tally(self) -> Tally:
         return Tally(self._subject.space.items, self.clusters, self._k)
+
+
+def neighbours_of(mixture: Mixture, users: Ids, settings: Settings) -> Ids:
+    """Whom a block of users is smoothed over. Where λ is 0, they are looked for for those alone who
+    have no edges of their own, whom they stand for.
+    """
+    if settings.smoothing > 0:
+        return mixture.neighbours(users, settings.neighbors)
+    is_lost = mixture.history.sizes(users) == 0
+    found = mixture.neighbours(users[is_lost], settings.neighbors)
+    near = np.full((len(users), found.shape[1]), NOBODY, dtype=np.int64)
+    near[is_lost] = found
+    return near
 
 
 def modes_of(mixture: Mixture, users: Ids, neighbours: Ids, settings: Settings) -> Modes:
@@ -246,7 +260,7 @@ def write(subject: Subject, settings: Settings, step: int, folder: Path) -> None
     clusters = subject.cluster(subject.training, settings)
     mixture = Mixture(subject.space, subject.training, clusters, settings.seed)
     modes = (
-        (users, modes_of(mixture, users, mixture.neighbours(users, settings.neighbors), settings))
+        (users, modes_of(mixture, users, neighbours_of(mixture, users, settings), settings))
         for users in blocks(np.arange(len(subject.space.users)))
     )
     description = {

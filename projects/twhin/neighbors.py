@@ -1,12 +1,14 @@
 """Nearest entities of an entity, from the vectors that a run has exported.
 
     python projects/twhin/neighbors.py --run=RUN_FOLDER --entity=NAME [--type=user]
-        [--neighbors-of-type=tweet] [--relation=fav [--direction=tails|heads]] [--k=10] [--json]
+        [--neighbors-of-type=tweet] [--relation=fav [--direction=tails|heads] [--unseen-only]]
+        [--k=10] [--json]
 
 Without a relation, entities are alike by cosine (by the distance, where the comparator is one).
 With one, they are ranked by the model's score f(s, r, ·): tails of the edges from the entity, or
-heads of those to it. `--json` prints {"entity", "asked", "search", "neighbors"}, each neighbor with
-its rank, id, name and score.
+heads of those to it; --unseen-only leaves out those that a training edge of the relation joins to
+it. `--json` prints {"entity", "asked", "search", "neighbors"}, each neighbor with its rank, id,
+name and score.
 
 An entity is named as in the vocabulary; a number is a name too, where there is such a one, and the
 number of a row with --id, or where the table has no names. FAISS's index is asked where the export
@@ -28,6 +30,7 @@ import pyarrow.compute as pc
 
 from projects.twhin.exported import Exported
 from projects.twhin.queries import Query, related, search_exactly, similar
+from projects.twhin.seen import seen_rows
 from tml.config import ConfigError
 from tml.data.parquet import DataError
 
@@ -55,16 +58,22 @@ def find_neighbors(
     of_type: str | None = None,
     relation: str | None = None,
     direction: str | None = None,
+    unseen_in: Path | None = None,
 ) -> Answer:
-    """What --json prints. Raises ConfigError for what cannot be asked."""
+    """What --json prints. Raises ConfigError for what cannot be asked.
+
+    unseen_in: a run folder, whose training edges of the relation are left out.
+    """
     if k < 1:
         raise ConfigError(f"--k: {k} is no number of neighbors; give 1 or more")
     if relation is None:
-        if direction is not None:
-            raise ConfigError("--direction: it belongs to a --relation; name one, or leave it out")
+        for flag, value in (("--direction", direction), ("--unseen-only", unseen_in)):
+            if value is not None:
+                raise ConfigError(f"{flag}: it belongs to a --relation; name one, or leave it out")
         table = of_type or entity.table
         _check_table(exported, "--neighbors-of-type", table)
         query = similar(exported, entity.table, entity.row)
+        left_out = {entity.row} if table == entity.table else set()
         asked: Answer = {"type": table, "measure": query.measure}
     else:
         number, side = _find_side(exported, entity, relation, direction, of_type)
@@ -74,10 +83,13 @@ def find_neighbors(
         heading = "tails" if side == "rhs" else "heads"
         asked = {"type": table, "measure": query.measure, "relation": relation}
         asked["direction"] = heading
-    leaves_out = relation is None and table == entity.table
-    rows, scores, how = _search(exported, table, query, k + leaves_out)
+        left_out = set()
+        if unseen_in is not None:
+            left_out = set(seen_rows(unseen_in, number, side, entity.row).tolist())
+            asked["seen"] = len(left_out)
+    rows, scores, how = _search(exported, table, query, k + len(left_out))
     pairs = zip(rows.tolist(), scores.tolist(), strict=True)
-    kept = [(row, s) for row, s in pairs if not (leaves_out and row == entity.row)][:k]
+    kept = [(row, score) for row, score in pairs if row not in left_out][:k]
     names = exported.names(table)
     found = [
         {
@@ -207,6 +219,8 @@ def render(answer: Answer) -> Any:
     caption = f"{asked['measure']}; {how['method']}"
     if "recall@10" in how:
         caption += f", which finds {how['recall@10']:.1%} of the exact 10"
+    if "seen" in asked:
+        caption += f"; {asked['seen']:,} of training edges left out"
     table = Table(
         title=Text(title), caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD
     )
@@ -236,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             of_type=arguments.of_type,
             relation=arguments.relation,
             direction=arguments.direction,
+            unseen_in=_run_of(arguments) if arguments.unseen_only else None,
         )
     except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -247,6 +262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Console().print(render(answer))
     return 0
+
+
+def _run_of(arguments: argparse.Namespace) -> Path:
+    if arguments.run is None:
+        raise ConfigError("--unseen-only: training edges are found through --run; give it")
+    assert isinstance(arguments.run, Path)
+    return arguments.run
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -266,6 +288,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--direction",
         choices=("tails", "heads"),
         help="of the relation's edges; default: the side that the entity is not on, else tails",
+    )
+    parser.add_argument(
+        "--unseen-only",
+        action="store_true",
+        help="with a relation: leave out what training edges already join to the entity",
     )
     parser.add_argument("--k", type=int, default=10, help="how many; default: 10")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from projects.twhin.config import BIAS, TwhinConfig
+from projects.twhin.exported import MATRICES, RELATIONS
 from projects.twhin.model import SINGULAR, weight_name
 from projects.twhin.operators import PARAMETERS
 from projects.twhin.vocabulary import META_KEY, fingerprint, read_names
@@ -97,16 +98,16 @@ class StepFolder(Previous):
         for path in (exported, self._tables[table].vocab):
             if path is None:
                 tried.append("its config names no vocab")
-            elif not Path(path).is_file():
-                tried.append(f"{path} is not there")
-            elif "entity" not in pq.read_schema(path).names:
-                tried.append(f"{path} holds no entities")
-            else:
+                continue
+            try:
                 names = read_names(path, "vocabulary")
-                same = len(names) == self.num_rows[table]
-                if same and (wanted is None or fingerprint(names) == wanted):
-                    return names
-                tried.append(f"{path} is of other data")
+            except DataError as error:
+                tried.append(str(error))
+                continue
+            same = len(names) == self.num_rows[table]
+            if same and (wanted is None or fingerprint(names) == wanted):
+                return names
+            tried.append(f"{path} is of other data")
         raise DataError(
             f"warm_start: the entities of table {table!r} of {self.folder} are not known: "
             f"{'; '.join(tried)}; give a folder of exported vectors that has them, or leave the "
@@ -159,7 +160,7 @@ class VectorsFolder(Previous):
     def __init__(self, folder: Path) -> None:
         num_rows, dims = {}, set()
         for path in sorted(folder.glob("*.parquet")):
-            if path.stem in ("relations", "relation_matrices"):
+            if path.stem in (RELATIONS, MATRICES) or not _has_vectors(path):
                 continue
             file = pq.ParquetFile(path)
             vector = file.schema_arrow.field("vector").type
@@ -200,12 +201,12 @@ class VectorsFolder(Previous):
 
     def relations(self) -> dict[str, PreviousRelation]:
         """See Previous."""
-        if not (self.folder / "relations.parquet").is_file():
+        if not self._path(RELATIONS).is_file():
             return {}
-        table = pq.read_table(self.folder / "relations.parquet")
+        table = pq.read_table(self._path(RELATIONS))
         rows = torch.from_numpy(_vectors(table.column("vector"), self.dim))
         matrices: dict[str, Tensor] = {}
-        if (path := self.folder / "relation_matrices.parquet").is_file():
+        if (path := self._path(MATRICES)).is_file():
             columns = pq.read_table(path)
             flat = _vectors(columns.column("vector"), self.dim * self.dim)
             shaped = torch.from_numpy(flat).view(-1, self.dim, self.dim)
@@ -230,12 +231,12 @@ def open_previous(path: Path) -> Previous:
         return StepFolder(path / str(best if best in steps else steps[-1]))
     if (path / checkpoint.META).is_file():
         return StepFolder(path)
-    tables = [p for p in path.glob("*.parquet") if "vector" in pq.read_schema(p).names]
-    if tables:
+    if any(p.stem not in (RELATIONS, MATRICES) and _has_vectors(p) for p in path.glob("*.parquet")):
         return VectorsFolder(path)
     raise ConfigError(
         f"warm_start.previous: {path} is neither a run folder with a complete step, nor a step "
-        "folder, nor a folder of exported vectors (<table>.parquet)"
+        "folder, nor a folder of exported vectors as parquet (<table>.parquet; export.py "
+        "--format parquet writes them)"
     )
 
 
@@ -246,6 +247,14 @@ def _best_step(run: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, int) else None
+
+
+def _has_vectors(path: Path) -> bool:
+    """Whether it is a table's file: that of its names alone (`<table>.ids.parquet`) is not."""
+    try:
+        return "vector" in pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}; export again") from error
 
 
 def _first_vector(file: pq.ParquetFile) -> Any:

@@ -140,10 +140,8 @@ def _read(path: Path | str, what: str) -> tuple[Ints, pa.LargeStringArray]:
     try:
         table = pq.read_table(path, columns=["id", "entity"])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}") from error
-    # pyarrow leaves out what is not there without a word.
-    if missing := [name for name in ("id", "entity") if name not in table.column_names]:
-        raise DataError(f"{what} {path} has no column {missing[0]}; it must have id and entity")
+        reason = str(error).splitlines()[0]  # below it Arrow lists its own columns
+        raise DataError(f"{what} {path} cannot be read: {reason}") from error
     ids = table.column("id").to_numpy()
     if len(ids) and not (ids[:-1] < ids[1:]).all():
         order = np.argsort(ids, kind="stable")

@@ -102,6 +102,8 @@ def anchors(config: TwhinConfig, save_dir: Path) -> Anchors | None:
     if settings is None or not (settings.pull or settings.freeze):
         return None
     rows = {table.name: table.num_embeddings for table in config.model.embeddings.tables}
+    if settings.freeze and config.model.biases:
+        rows |= {name + BIAS: number for name, number in rows.items()}
     known = [name for name in rows if path_of(folder, name).is_file()]
     if not known:
         raise CheckpointError(

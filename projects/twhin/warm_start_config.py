@@ -29,7 +29,9 @@ class WarmStartConfig(Config):
     previous vector; with reciprocal relations once for each direction.
     """
     freeze: bool = False
-    """Keep the rows of matched entities as they are, so that only new rows and relations learn."""
+    """Keep the rows of matched entities as they are, and their biases, so that only new rows and
+    relations learn.
+    """
     optimizer_state: bool | None = None
     """Carry over the accumulators of Adagrad, of matched rows and relations: they take up training
     at the step size at which they left it, and move far less. Unset: where there are some.

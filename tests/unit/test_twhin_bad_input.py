@@ -14,12 +14,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from projects.twhin.config import TwhinConfig
+from projects.twhin import evaluate, export
+from projects.twhin.config import TableConfig, TwhinConfig
+from projects.twhin.export import resolve_run
 from projects.twhin.run import run
-from projects.twhin.vocabulary import fingerprint, read_names, refuse_another
+from projects.twhin.vocabulary import (
+    META_KEY,
+    fingerprint,
+    fingerprints,
+    names_of,
+    read_names,
+    refuse_another,
+)
 from tml import checkpoint
 from tml.checkpoint import CheckpointError
-from tml.config import ConfigError, build_config
+from tml.config import ConfigError, build_config, to_yaml
 from tml.data.parquet import DataError
 from tml.distributed import Job
 from tml.embeddings import ShardedTables
@@ -190,6 +199,48 @@ def test_what_an_older_checkpoint_does_not_say_is_not_compared() -> None:
     refuse_another(Path("x"), {}, {"user": {"rows": 3, "entities": "a"}})
     meta = {"vocabularies": {"user": {"rows": 3, "entities": None}, "gone": {"rows": 1}}}
     refuse_another(Path("x"), meta, {"user": {"rows": 3, "entities": "a"}})
+
+
+def test_a_vocabulary_that_was_replaced_in_place_is_refused_by_export_and_evaluation(
+    graph: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = build_config(TwhinConfig, config_of(graph), "test")
+    meta = {META_KEY: fingerprints(config.model)}
+    checkpoint.save(tmp_path / "run", 4, {"x": torch.zeros(1)}, meta, to_yaml(config))
+    assert resolve_run(tmp_path / "run", None)[0].name == "4"
+    write_vocabulary(graph, "item", ITEMS[::-1])
+    with pytest.raises(CheckpointError, match="table 'item' has as many rows, but other entities"):
+        resolve_run(tmp_path / "run", None)
+    for program in (export.main, evaluate.main):
+        assert program([f"--run={tmp_path}/run"]) == 2
+        assert "is of another vocabulary: table 'item'" in " ".join(capfd.readouterr().err.split())
+    (graph / "item.parquet").unlink()  # measuring needs no names
+    assert resolve_run(tmp_path / "run", None)[0].name == "4"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"id": [0, 1, 3], "entity": ["a", "b", "c"]},
+            "in place of the id 2 there is 3; .* 0 to 2",
+        ),
+        ({"id": [1, 0, 1], "entity": ["a", "b", "c"]}, "in place of the id 2 there is 1"),
+        (
+            {"id": [0, 1, 2], "name": ["a", "b", "c"]},
+            "user.parquet cannot be read: No match for .*entity",
+        ),
+        ({"id": [0, 1], "entity": ["a", "b"]}, "has 2 entities, table 'user' has 3 rows"),
+    ],
+)
+def test_a_vocabulary_that_does_not_name_each_row_once_is_refused(
+    columns: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "user.parquet"
+    pq.write_table(pa.table(columns), path)
+    tree = {"name": "user", "num_embeddings": 3, "embedding_dim": 4, "vocab": str(path)}
+    with pytest.raises(DataError, match=message):
+        names_of(TableConfig.model_validate(tree))
 
 
 # Numbers that are none

@@ -248,13 +248,24 @@ def test_degrees_decide_only_how_global_negatives_are_drawn() -> None:
     assert "validation_data.degree_power: degrees are counted where" in refusal(tree)
 
 
-def test_a_table_may_not_have_the_name_of_anothers_biases() -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("user.bias", "'user.bias' may be the name of a file, or of the biases, of the table 'use"),
+        ("user.ids", "'user.ids' may be the name of a file"),
+        ("relations", "'relations' is the name of an exported file"),
+        ("relation_matrices", "'relation_matrices' is the name of an exported file"),
+        ("../user", "'../user' cannot be the name of a file"),
+    ],
+)
+def test_a_table_may_not_have_the_name_of_another_file(name: str, message: str) -> None:
     tree = minimal()
-    tree["model"]["embeddings"]["tables"][1]["name"] = "user.bias"
-    tree["model"]["relations"][0]["rhs"] = "user.bias"
+    tree["model"]["embeddings"]["tables"][1]["name"] = name
+    tree["model"]["relations"][0]["rhs"] = name
+    assert message in refusal(tree)
+    tree["model"]["embeddings"]["tables"][1]["name"] = "user_eng"
+    tree["model"]["relations"][0]["rhs"] = "user_eng"
     build_config(TwhinConfig, tree, "test")
-    tree["model"]["biases"] = True
-    assert "the table name 'user.bias' is needed" in refusal(tree)
 
 
 @pytest.mark.parametrize(

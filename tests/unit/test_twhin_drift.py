@@ -111,3 +111,9 @@ def test_the_program_matches_entities_by_name(
     assert "was not started warm; name the earlier run with" in capsys.readouterr().err
     assert drift.main([f"--run={tmp_path}/new", f"--previous={tmp_path}/x"]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert drift.main([*arguments, "--k=0"]) == 2
+    assert "--k: 0 is no number of neighbors" in capsys.readouterr().err
+    rows[3, 2] = torch.nan
+    write_vectors(tmp_path / "spoilt", names, rows)
+    assert drift.main([f"--run={tmp_path}/new", f"--previous={tmp_path}/spoilt", "--json"]) == 2
+    assert "table 'user', row 3: the vector holds nan" in capsys.readouterr().err

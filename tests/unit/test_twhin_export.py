@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from projects.twhin import quantization_cost, vector_files
+from projects.twhin import export, quantization_cost, vector_files
 from projects.twhin.config import ModelConfig, TwhinConfig
 from projects.twhin.export import COST, ExportOptions, export_vectors
 from projects.twhin.exported import DESCRIPTION, FORMATS, Exported
-from projects.twhin.model import Vectors, build_operators
+from projects.twhin.model import Vectors, build_operators, weight_name
+from projects.twhin.previous import open_previous
 from projects.twhin.quantize import check_pq_bytes, pq_saves, quantise
-from tml.config import ConfigError, build_config
+from tml import checkpoint
+from tml.config import ConfigError, build_config, to_yaml
 from tml.data.parquet import DataError
 
 DIM = 8
@@ -261,6 +263,40 @@ def test_another_folder_is_never_replaced_and_nothing_is_left_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edges", "out"]
     after = export_vectors(vectors, config, folder, measure=None)
     assert not any(path.suffix == ".npy" for path in after)
+
+
+def test_the_runs_own_vectors_keep_their_parquet_and_can_be_started_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_config(tmp_path)
+    vectors = random_vectors(model)
+    data = {"data_root": "nowhere", "global_negatives": 1}
+    tree = {"model": model.model_dump(exclude_unset=True), "train_data": data}
+    config = build_config(TwhinConfig, tree, "test")
+    saved = {weight_name(name): rows for name, rows in vectors.tables.items()}
+    for name, bias in vectors.biases.items():
+        saved[weight_name(f"{name}.bias")] = torch.nn.functional.pad(bias.unsqueeze(1), (0, 3))
+    saved |= {name: p.detach() for name, p in vectors.operators.named_parameters()}
+    checkpoint.save(tmp_path / "run", 3, saved, {}, to_yaml(config))
+    run = ["--run", str(tmp_path / "run"), "--index", "none", "--format", "npy"]
+    assert export.main(run) == 0
+    folder = tmp_path / "run" / "vectors"
+    names = {path.name for path in folder.iterdir()}
+    assert {"user.parquet", "user.npy", "user.ids.parquet", "relations.parquet"} <= names
+    previous = open_previous(folder)  # user.ids.parquet is no table
+    assert previous.num_rows == ROWS
+    assert previous.names("user").to_pylist() == NAMES
+    assert (previous.rows("item") == vectors.tables["item"].numpy()).all()
+    assert export.main([*run, "--output", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "user.parquet").exists()
+    with pytest.raises(ConfigError, match=r"neither a run folder .* --format parquet writes them"):
+        open_previous(tmp_path / "out")
+    capsys.readouterr()
+    assert export.main([*run, "--quantize", "int8", "--max-edges", "0"]) == 2
+    assert "--max-edges: 0 edges tell nothing" in capsys.readouterr().err
+    (folder / "user.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"user.parquet cannot be read: .*export again"):
+        open_previous(folder)
 
 
 def test_a_cost_is_written_beside_the_vectors(tmp_path: Path) -> None:

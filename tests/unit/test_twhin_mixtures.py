@@ -515,9 +515,31 @@ def test_modes_as_files(run_folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_left_alone(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mixture.json").write_text("{}")  # mine stays beside an old mixture, too
     with pytest.raises(DataError, match="holds something else than a mixture"):
         call(run_folder, f"--output={tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "mixture.json"}
+
+
+def test_without_smoothing_neighbours_are_looked_for_only_for_who_has_no_edges(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    search = Mixture.neighbours
+    with monkeypatch.context() as patch:
+        patch.setattr(mixtures, "neighbours_of", lambda made, users, _: made.neighbours(users, 4))
+        everyone = call(run_folder, "--smoothing=0")
+
+    def counted(mixture: Mixture, users: modes.Ids, number: int) -> modes.Ids:
+        asked.extend(users.tolist())
+        return search(mixture, users, number)
+
+    monkeypatch.setattr(Mixture, "neighbours", counted)
+    report = call(run_folder, "--smoothing=0")
+    table = pq.read_table(run_folder / "train.parquet")
+    assert asked
+    assert not set(asked) & set(table.column("lhs").to_pylist())
+    assert report["mixture"] == everyone["mixture"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from projects.twhin.model import Vectors, build_operators
 from projects.twhin.neighbors import find_entity, find_neighbors, main
 from projects.twhin.operators import Operator
 from projects.twhin.queries import related, search_exactly, similar
+from projects.twhin.seen import seen_rows
 from tml.config import ConfigError
 
 DIM = 8
@@ -169,6 +170,65 @@ def test_a_relation_ranks_the_other_side(tmp_path: Path) -> None:
         find_neighbors(exported, find_entity(exported, "i3"), relation="r0", direction="tails")
     with pytest.raises(ConfigError, match="there is no 'r1'; there are r0"):
         find_neighbors(exported, find_entity(exported, "i3"), relation="r1")
+
+
+def test_what_training_edges_join_is_left_out_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, exported = build(tmp_path, index="auto", operators=["translation", "identity"])
+    entity = find_entity(exported, "u3")
+    best = model.score(1, "rhs", torch.tensor([3]))[0].argsort(descending=True).tolist()
+    seen = [best[0], best[2], best[2]]
+    # An edge of the other relation, one of another user, and one before the offset.
+    edges = {
+        "lhs": [3, 3, 9, 3, 3, 3],
+        "rel": [1, 0, 1, 1, 1, 1],
+        "rhs": [best[4], *best[1:3], *seen],
+    }
+    pq.write_table(pa.table(edges), tmp_path / "edges.parquet", row_group_size=2)
+    data = {"data_root": f"{tmp_path}/edges.parquet", "offset": 1, "limit": None}
+    (tmp_path / "config.yaml").write_text(json.dumps({"train_data": data}))  # JSON is YAML
+    answer = find_neighbors(exported, entity, 3, relation="r1", unseen_in=tmp_path)
+    assert [found["id"] for found in answer["neighbors"]] == [best[1], best[3], best[4]]
+    assert answer["asked"]["seen"] == 2
+    assert seen_rows(tmp_path, 1, "lhs", best[0]).tolist() == [3]  # heads
+    flags = ["--entity=u3", "--unseen-only", "--json"]
+    assert main([*flags, f"--run={tmp_path}"]) == 2
+    assert "--unseen-only: it belongs to a --relation" in capsys.readouterr().err
+    assert main([*flags, "--relation=r1", f"--vectors={tmp_path}/vectors"]) == 2
+    assert "training edges are found through --run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").unlink()
+    assert main([*flags, "--relation=r1", f"--run={tmp_path}"]) == 2
+    assert "config.yaml does not name the training edges" in capsys.readouterr().err
+
+
+def test_without_faiss_all_rows_are_compared_and_a_damaged_index_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, exported = build(tmp_path, index="auto")
+    entity = find_entity(exported, "u3")
+    by_index = find_neighbors(exported, entity, 4, relation="r0")
+    monkeypatch.setattr(index_module, "find_spec", lambda _: None)
+    by_rows = find_neighbors(exported, entity, 4, relation="r0")
+    assert by_rows["search"] == {"method": "all rows", "exact": True}
+    ids = [[found["id"] for found in answer["neighbors"]] for answer in (by_index, by_rows)]
+    assert ids[0] == ids[1]
+    monkeypatch.undo()
+    (tmp_path / "vectors" / "item.index.json").write_text("{")
+    assert main([f"--run={tmp_path}", "--entity=u3", "--relation=r0"]) == 2
+    assert "item.index.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_kind_that_shortens_vectors_has_its_candidates_compared_exactly(tmp_path: Path) -> None:
+    _, exported = build(tmp_path)
+    written = write_indexes(exported, "PCA4,Flat")
+    info = next(each for each in written if (each.table, each.answers) == ("item", "relations"))
+    assert not info.holds_vectors
+    query = related(exported, 0, "rhs", 3)
+    rows, scores = search(read_index(exported, info), info, query, exported, 2)
+    exact, exact_scores = search_exactly(query, exported, "item", 2)  # all 40 are candidates
+    assert rows.tolist() == exact.tolist()
+    np.testing.assert_allclose(scores, exact_scores, atol=1e-5)
 
 
 def test_a_name_is_found_or_what_is_near_it_told(tmp_path: Path) -> None:

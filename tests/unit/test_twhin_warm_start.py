@@ -309,6 +309,21 @@ def test_frozen_rows_stay_to_the_bit_and_new_ones_learn(
     assert drift["user"]["neighbors"]["kept"] == 1
 
 
+def test_biases_of_frozen_rows_stay_too_and_are_not_pulled(graph: Path, tmp_path: Path) -> None:
+    config = new_config(graph, tmp_path, optimizer=SGD, model={"biases": True}, freeze=True)
+    previous = write_anchors(tmp_path / FOLDER, config)
+    for name, rows in previous.items():
+        np.save(tmp_path / FOLDER / f"{name}.bias.npy", rows[:, :1].numpy())
+    _, moved = one_step(config, warm_start.anchors(config, tmp_path))
+    assert not moved["tables.user.bias.weight"].any()
+    assert moved["tables.item.bias.weight"].any(dim=1).nonzero().flatten().tolist() == [7]  # new
+    _, free = one_step(config, None)
+    assert free["tables.user.bias.weight"][4].any()
+    pulled = new_config(graph, tmp_path, optimizer=SGD, model={"biases": True}, pull=0.5)
+    _, moved = one_step(pulled, warm_start.anchors(pulled, tmp_path))
+    assert moved["tables.user.bias.weight"].equal(free["tables.user.bias.weight"])
+
+
 def test_a_run_taken_up_again_equals_the_unbroken_one_without_its_source(
     old: Path, graph: Path, tmp_path: Path
 ) -> None:
