@@ -3,17 +3,25 @@ leaves out.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from tml.config import ConfigError
+from tml.config import Config, build_config, read_yaml
 from tml.data.parquet import ParquetRows
 
 CONFIG = "config.yaml"
 COLUMNS = ("lhs", "rel", "rhs")
+
+
+class TrainingEdges(Config):
+    """What of a run's train_data is needed here; DataConfig, whose import brings torch, says what
+    it means.
+    """
+
+    data_root: str
+    offset: int = 0
+    limit: int | None = None
 
 
 def seen_rows(run: Path, relation: int, side: str, row: int) -> NDArray[np.int64]:
@@ -23,8 +31,8 @@ def seen_rows(run: Path, relation: int, side: str, row: int) -> NDArray[np.int64
     Raises ConfigError where the run folder does not say where its edges are, DataError where they
     cannot be read.
     """
-    data = _train_data(run / CONFIG)
-    edges = ParquetRows(data["data_root"], COLUMNS, data.get("offset") or 0, data.get("limit"))
+    data = _training_edges(run / CONFIG)
+    edges = ParquetRows(data.data_root, COLUMNS, data.offset, data.limit)
     asking = "lhs" if side == "rhs" else "rhs"
     found = [np.empty(0, np.int64)]
     for piece in edges.pieces:
@@ -34,12 +42,7 @@ def seen_rows(run: Path, relation: int, side: str, row: int) -> NDArray[np.int64
     return np.unique(np.concatenate(found))
 
 
-def _train_data(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())["train_data"]
-        assert isinstance(data["data_root"], str)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"--unseen-only: {path} does not name the training edges: {error!r}; leave it out"
-        ) from error
-    return dict(data)
+def _training_edges(path: Path) -> TrainingEdges:
+    data = read_yaml(path).get("train_data") or {}
+    known = {name: data[name] for name in TrainingEdges.model_fields if name in data}
+    return build_config(TrainingEdges, known, f"{path}: train_data")

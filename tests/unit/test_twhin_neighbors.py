@@ -173,7 +173,7 @@ def test_a_relation_ranks_the_other_side(tmp_path: Path) -> None:
 
 
 def test_what_training_edges_join_is_left_out_on_demand(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, exported = build(tmp_path, index="auto", operators=["translation", "identity"])
     entity = find_entity(exported, "u3")
@@ -186,7 +186,8 @@ def test_what_training_edges_join_is_left_out_on_demand(
         "rhs": [best[4], *best[1:3], *seen],
     }
     pq.write_table(pa.table(edges), tmp_path / "edges.parquet", row_group_size=2)
-    data = {"data_root": f"{tmp_path}/edges.parquet", "offset": 1, "limit": None}
+    monkeypatch.setenv("HOME", str(tmp_path))  # as a run writes its config
+    data = {"data_root": "${HOME}/edges.parquet", "offset": 1, "limit": None, "asks": "rhs"}
     (tmp_path / "config.yaml").write_text(json.dumps({"train_data": data}))  # JSON is YAML
     answer = find_neighbors(exported, entity, 3, relation="r1", unseen_in=tmp_path)
     assert [found["id"] for found in answer["neighbors"]] == [best[1], best[3], best[4]]
@@ -199,7 +200,7 @@ def test_what_training_edges_join_is_left_out_on_demand(
     assert "training edges are found through --run" in capsys.readouterr().err
     (tmp_path / "config.yaml").unlink()
     assert main([*flags, "--relation=r1", f"--run={tmp_path}"]) == 2
-    assert "config.yaml does not name the training edges" in capsys.readouterr().err
+    assert "config.yaml cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_without_faiss_all_rows_are_compared_and_a_damaged_index_is_told(

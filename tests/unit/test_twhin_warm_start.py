@@ -23,7 +23,7 @@ from projects.twhin.model import TwhinModel, build_relation_optimizer, table_spe
 from projects.twhin.run import run
 from tml import checkpoint
 from tml.checkpoint import CheckpointError
-from tml.config import ConfigError, build_config
+from tml.config import ConfigError, build_config, to_yaml
 from tml.data.parquet import DataError
 from tml.distributed import Job
 from tml.embeddings import NormalRows, build_tables
@@ -173,6 +173,46 @@ def test_rows_follow_their_entity_and_new_ones_start_as_in_a_cold_start(
     assert not state["translations"][1].any()
     assert report["relations"] == {"matched": ["buys"], "new": ["shares"], "vanished": ["likes"]}
     assert {p.name for p in (tmp_path / "run" / FOLDER).iterdir()} == {"user.npy", "item.npy"}
+
+
+@pytest.mark.parametrize("data_type", [torch.float16, torch.bfloat16])
+def test_rows_of_half_precision_biases_and_inverse_relations_are_carried_over(
+    data_type: torch.dtype, old_graph: Path, graph: Path, tmp_path: Path
+) -> None:
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16"}[data_type]
+
+    def of_type(config: TwhinConfig) -> TwhinConfig:
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        for table in tree["model"]["embeddings"]["tables"]:
+            table["data_type"] = short
+        return build_config(TwhinConfig, tree, "test")
+
+    model = {"biases": True, "reciprocal": True}
+    before = of_type(old_config(old_graph, model=model))
+    generator = torch.Generator().manual_seed(4)
+    saved = {"translations": torch.randn(4, DIM, generator=generator)}  # 2 and their inverses
+    for spec in table_specs(before.model):
+        kind = torch.float32 if spec.name.endswith(".bias") else data_type
+        rows = torch.randn(spec.num_rows, spec.dim, generator=generator).to(kind)
+        saved[f"tables.{spec.name}.weight"] = rows
+    folder = checkpoint.save(tmp_path / "old", 1, saved, {}, to_yaml(before))
+    # buys was the second; its inverse follows all relations.
+    names = ("buys", "shares")
+    now = new_config(graph, folder, model=model, relations=names, optimizer_state=False)
+    state, report = start(of_type(now), tmp_path / "run")
+    for table, was, names_now in (("user", OLD_USERS, NEW_USERS), ("item", OLD_ITEMS, NEW_ITEMS)):
+        weights, biases = state[f"tables.{table}.weight"], state[f"tables.{table}.bias.weight"]
+        known = by_entity(saved[f"tables.{table}.weight"], was)
+        known_biases = by_entity(saved[f"tables.{table}.bias.weight"], was)
+        assert weights.dtype == data_type
+        for row, entity in enumerate(names_now):
+            if entity in known:
+                assert weights[row].equal(known[entity]), entity
+                assert biases[row, 0] == known_biases[entity][0]
+            else:
+                assert not biases[row].any()
+    assert state["translations"][[0, 2]].equal(saved["translations"][[1, 3]])
+    assert report["relations"]["matched"] == ["buys", "buys:inverse"]
 
 
 @pytest.mark.parametrize("kind", ["rowwise_adagrad", "adagrad"])
