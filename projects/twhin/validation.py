@@ -60,18 +60,30 @@ class Validation:
         """Take up what was decided before; whether training has ended with the checkpoint that the
         run goes on from.
         """
-        before = progress.best
-        if before.goal != self._described():
-            if before.step is not None:
+        if (reason := self._why_anew(progress)) is not None:
+            if progress.best.step is not None:
                 self._log.say(
-                    f"what is validated has changed ({before.goal} → {self._described()}): the "
-                    f"best step is chosen anew, from step {progress.step:,} on"
+                    f"{reason}: the best step is chosen anew, from step {progress.step:,} on"
                 )
             progress.best = Best(goal=self._described())
         if progress.is_measured:
             return self.measure(progress)
         self._name_best(progress.best)
         return False
+
+    def _why_anew(self, progress: Progress) -> str | None:
+        """Why what was measured before no longer counts; None where it does."""
+        before, described = progress.best, self._described()
+        if before.goal != described:
+            if self._job.is_chief:  # the mark of this step is one of the goal before
+                follow.forget_marks(self._save_dir, progress.step - 1)
+            return f"what is validated has changed ({before.goal} → {described})"
+        if before.step is None:
+            return None
+        folder = self._save_dir / str(before.step)
+        # As the chief sees it: what follows is done together.
+        is_there = distributed.gather(checkpoint.is_complete(folder))[0]
+        return None if is_there else f"the best step so far, {folder}, is gone"
 
     def measure(self, progress: Progress) -> bool:
         """Measure the checkpoint of progress.step, or read what was measured of it; whether

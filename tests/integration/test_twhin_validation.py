@@ -241,6 +241,32 @@ def test_another_goal_chooses_the_best_step_anew(
     assert "of 300 edges" in report["retrieval"]["protocol"]
 
 
+def test_a_best_step_that_is_gone_is_chosen_anew(
+    unbroken: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the newest step folder alone was copied to another machine."""
+    best, last = checkpoint.complete_steps(unbroken)
+    cut(unbroken, tmp_path / "run", last)
+    shutil.rmtree(tmp_path / "run" / str(best))
+    assert train(config, tmp_path / "run", training__num_train_steps=last + 1) is None
+    assert f"run/{best}, is gone" in "".join(capsys.readouterr().out.splitlines())
+    found = {step: one["mrr"] for step, one in rankings(tmp_path / "run").items() if step >= last}
+    assert list(found) == [last, last + 1]
+    named = max(found, key=lambda step: found[step])
+    assert read(tmp_path / "run" / "metrics.json")["best_step"] == named
+
+
+def test_a_step_is_measured_anew_for_another_goal(
+    unbroken: Path, config: Path, tmp_path: Path
+) -> None:
+    last = checkpoint.complete_steps(unbroken)[-1]
+    cut(unbroken, tmp_path / "run", last)
+    settings = {"evaluation__during_training": "{max_edges: 100}"}
+    assert train(config, tmp_path / "run", training__num_train_steps=last, **settings) is None
+    report = read(tmp_path / "run" / "evaluation" / "validation" / f"{last}.json")
+    assert "100 of 300 edges" in report["link_prediction"]["protocol"]
+
+
 def test_a_relation_without_validation_edges_is_refused_at_the_start(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
