@@ -110,6 +110,8 @@ def run(
         seed, data = config.training.seed, config.train_data
         reader = training_reader(config, layout, job)
         all_steps = _total_steps(config, 0, reader.steps_from(Position()))
+        if job.is_chief:
+            _announce_uneven(config, all_steps, reader.steps_from(Position()))
         scheduled = end_schedules(config.model, all_steps)
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
@@ -355,6 +357,24 @@ def _announce_ignored(config: TwhinConfig) -> None:
         unused = set(DataConfig.model_fields) - {"data_root", "limit", "offset"}
         for name in sorted(unused & config.test_data.model_fields_set):
             logger.warning("test_data.%s is set but not used: test edges are only ranked", name)
+
+
+def _announce_uneven(config: TwhinConfig, total_steps: int, steps_of_epochs: int) -> None:
+    """Say where num_train_steps ends training while passes by turns have asked for one side more
+    often. steps_of_epochs: steps of num_epochs passes.
+    """
+    data = config.train_data
+    if not data.grouped or data.asks != "both":
+        return
+    steps_of_pass = steps_of_epochs // config.training.num_epochs
+    pairs, rest = divmod(total_steps, 2 * steps_of_pass)
+    tails = pairs * steps_of_pass + min(rest, steps_of_pass)
+    if tails != (heads := total_steps - tails):
+        logger.warning(
+            "training.num_train_steps: %s steps ask for tails in %s and for heads in %s of them, "
+            "by passes of %s steps (train_data.grouped); a multiple of %s asks for both alike",
+            *(f"{n:,}" for n in (total_steps, tails, heads, steps_of_pass, 2 * steps_of_pass)),
+        )
 
 
 def _total_steps(config: TwhinConfig, step: int, left: int) -> int:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from projects.twhin import dataset_worker, gradients, one_vs_all
 from projects.twhin.anchors import Anchors
-from projects.twhin.config import DataConfig, ModelConfig, RuntimeConfig
+from projects.twhin.config import DataConfig, ModelConfig, RuntimeConfig, TwhinConfig
 from projects.twhin.data import EdgeBatch, EdgeLayout, build_reader, read_batches, to_batch
 from projects.twhin.model import TwhinModel, table_specs
 from projects.twhin.penalties import power_sum
 from projects.twhin.precision import uses_bfloat16
+from projects.twhin.run import _announce_uneven
 from projects.twhin.scoring import Entities, Queries
 from tml.config import ConfigError
 from tml.data import flight
@@ -293,6 +294,29 @@ def test_a_data_set_worker_says_which_pass_its_edges_are_of(edges: str) -> None:
     assert [read.epoch for read in served] == [0] * 7 + [1] * 7
     for read, here in zip(served, reader.batches(Position()), strict=True):
         assert all((read.columns[name] == here.columns[name]).all() for name in columns())
+
+
+@pytest.mark.parametrize(
+    ("steps", "asks", "said"),
+    [
+        (7, "both", "7 steps ask for tails in 7 and for heads in 0 of them"),
+        (53, "both", "53 steps ask for tails in 30 and for heads in 23 of them"),
+        (40, "both", ""),
+        (60, "both", ""),
+        (7, "rhs", ""),
+    ],
+)
+def test_steps_that_ask_for_one_side_more_are_said(
+    steps: int, asks: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = {
+        "training": {"num_epochs": 6, "num_train_steps": steps},
+        "model": model_config().model_dump(exclude_none=True),
+        "train_data": {"data_root": "x", "all_negatives": True, "grouped": True, "asks": asks},
+    }
+    _announce_uneven(TwhinConfig.model_validate(tree), steps, 60)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
 
 
 def test_two_processes_refuse_all_negatives() -> None:
