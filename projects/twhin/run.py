@@ -302,7 +302,9 @@ def _validate(
             break
         sums += model(batch, data).to("cpu", torch.float64)
         num_edges += batch.num_edges_all
-    return {"loss": float(distributed.all_reduce_sum(sums)) / num_edges}
+    # A grouped pass of training asks for one side: its losses are those of half an edge.
+    num_passes = 2 if config.train_data.grouped and data.asks == "both" else 1
+    return {"loss": float(distributed.all_reduce_sum(sums)) / num_edges / num_passes}
 
 
 def _starts_anew(save_dir: Path, overwrite: bool, repeat: bool) -> bool:

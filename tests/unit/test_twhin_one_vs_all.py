@@ -22,7 +22,7 @@ from projects.twhin.data import EdgeBatch, EdgeLayout, build_reader, read_batche
 from projects.twhin.model import TwhinModel, table_specs
 from projects.twhin.penalties import power_sum
 from projects.twhin.precision import uses_bfloat16
-from projects.twhin.run import _announce_uneven
+from projects.twhin.run import _announce_uneven, _validate
 from projects.twhin.scoring import Entities, Queries
 from tml.config import ConfigError
 from tml.data import flight
@@ -317,6 +317,29 @@ def test_steps_that_ask_for_one_side_more_are_said(
     _announce_uneven(TwhinConfig.model_validate(tree), steps, 60)
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize("loss", [{"softmax": {}}, {"logistic": {}}])
+def test_the_validation_loss_is_that_of_the_passes_of_training(
+    loss: dict[str, Any], edges: str
+) -> None:
+    model_of = model_config(loss=loss)
+    data = GROUPED.model_copy(update={"data_root": edges, "per_replica_batch_size": 8})
+    tree = {
+        "training": {"num_epochs": 2},
+        "model": model_of.model_dump(exclude_none=True),
+        "train_data": data.model_dump(),
+        "validation_data": {"data_root": edges},
+    }
+    config, layout = TwhinConfig.model_validate(tree), EdgeLayout(model_of)
+    assert config.validation_data is not None
+    model = TwhinModel(model_of, build_tables(table_specs(model_of), JOB, 3, as_a_whole=True))
+    passes = read_batches(reader_of(model_of, data, 2), layout, data, JOB, 5, Position(), 0)
+    with torch.no_grad():
+        sums = [(model(batch, data).item(), batch.num_edges_all) for batch, _ in passes]
+    expected = sum(value for value, _ in sums) / sum(count for _, count in sums)
+    found = _validate(config, config.validation_data, layout, JOB, model)
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_processes_refuse_all_negatives() -> None:
