@@ -31,7 +31,7 @@ from projects.twhin.config import ModelConfig, TwhinConfig
 from projects.twhin.exported import DESCRIPTION, FORMATS, RELATIONS, Exported
 from projects.twhin.model import Vectors, saved_names
 from projects.twhin.operators import PARAMETERS
-from projects.twhin.output_folder import replaced
+from projects.twhin.output_folder import refuse_others, replaced
 from projects.twhin.quantize import Quantised
 from projects.twhin.vector_files import (
     WRITERS,
@@ -226,6 +226,7 @@ def _export(arguments: argparse.Namespace) -> None:
         dim = config.model.embeddings.tables[0].embedding_dim
         quantize.check_pq_bytes(dim, arguments.pq_bytes)
     output = arguments.output or arguments.run / "vectors"
+    refuse_others(output, _is_ours(output), "exported vectors")  # now, not after the work
     vectors = load_vectors(folder, config.model)
     measure = None
     if options.quantize:

@@ -44,11 +44,16 @@ def write_mixture(
     modes: blocks of (users, their modes), in the order of the users' ids. Raises DataError where
     the folder holds something else.
     """
-    with replaced(folder, lambda path: path.name in FILES, "a mixture") as temporary:
+    with replaced(folder, is_ours, "a mixture") as temporary:
         _write_clusters(temporary / "clusters.parquet", clusters)
         _write_items(temporary / "items.parquet", items, clusters)
         _write_modes(temporary / "modes.parquet", users, clusters.centroids.shape[1], modes)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of a mixture."""
+    return path.name in FILES
 
 
 def _write_clusters(path: Path, clusters: Clusters) -> None:

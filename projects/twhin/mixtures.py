@@ -289,6 +289,11 @@ def run(arguments: argparse.Namespace) -> Report:
             "--tune chooses settings on the validation edges and cannot be measured on them; give "
             "--split=test, or the settings in place of --tune"
         )
+    if arguments.output is not None:  # now, not after the work
+        from projects.twhin.mixture_files import is_ours
+        from projects.twhin.output_folder import refuse_others
+
+        refuse_others(arguments.output, is_ours, "a mixture")
     subject = Subject(config, load_vectors(folder, config.model), arguments.relation)
     tuning = None
     if arguments.tune:

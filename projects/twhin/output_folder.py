@@ -12,16 +12,10 @@ from tml.data.parquet import DataError
 @contextmanager
 def replaced(folder: Path, is_ours: Callable[[Path], bool], what: str) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block has ended
-    well, and is removed when it has not.
-
-    is_ours: whether a file in `folder` is of the kind that is written here; where one is not,
-    nothing is touched and DataError raised. what: is written, for the message.
+    well, and is removed when it has not. `refuse_others` is asked first.
     """
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (
-        folder.is_dir() and all(path.is_file() and is_ours(path) for path in folder.iterdir())
-    ):
-        raise DataError(f"{folder} holds something else than {what}; choose another --output")
+    refuse_others(folder, is_ours, what)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -31,3 +25,13 @@ def replaced(folder: Path, is_ours: Callable[[Path], bool], what: str) -> Iterat
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_others(folder: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Raise DataError where `folder` may not be replaced: it holds what is not of the kind that is
+    written there. what: is written, for the message.
+    """
+    if folder.exists() and not (
+        folder.is_dir() and all(path.is_file() and is_ours(path) for path in folder.iterdir())
+    ):
+        raise DataError(f"{folder} holds something else than {what}; choose another --output")

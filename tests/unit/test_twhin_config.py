@@ -62,6 +62,7 @@ def test_shipped_configs_load(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
                 "relations": [{"name": name, "lhs": "user", "rhs": "user"} for name in relations],
             },
             "train_data": {"data_root": "x/*.parquet"},
+            "validation_data": {"data_root": "y/*.parquet"},
         }
         base.write_text(yaml.safe_dump(graph))
     config = load_config(TwhinConfig, path, base=base)
