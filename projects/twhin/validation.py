@@ -81,9 +81,12 @@ class Validation:
         if before.step is None:
             return None
         folder = self._save_dir / str(before.step)
+        named = best.read_best(self._save_dir)
+        # Named before it made way for the measurement of this step, which was better.
+        gave_way = named is not None and named["step"] == progress.step
         # As the chief sees it: what follows is done together.
-        is_there = distributed.gather(checkpoint.is_complete(folder))[0]
-        return None if is_there else f"the best step so far, {folder}, is gone"
+        is_lost = distributed.gather(not gave_way and not checkpoint.is_complete(folder))[0]
+        return f"the best step so far, {folder}, is gone" if is_lost else None
 
     def measure(self, progress: Progress) -> bool:
         """Measure the checkpoint of progress.step, or read what was measured of it; whether

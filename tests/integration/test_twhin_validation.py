@@ -256,6 +256,21 @@ def test_a_best_step_that_is_gone_is_chosen_anew(
     assert read(tmp_path / "run" / "metrics.json")["best_step"] == named
 
 
+def test_a_best_step_that_gave_way_to_a_better_one_is_not_missed(
+    unbroken: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped behind the measurement that made another step the best: waiting is not reset."""
+    best = checkpoint.complete_steps(unbroken)[0]
+    cut(unbroken, tmp_path / "run", best)
+    path = tmp_path / "run" / "evaluation" / "best.json"
+    path.write_text(json.dumps({**read(path), "step": best}))
+    before = checkpoint.load_meta(tmp_path / "run" / str(best))["best"]["step"]
+    assert before not in checkpoint.complete_steps(tmp_path / "run")
+    assert train(config, tmp_path / "run", training__num_train_steps=best) is None
+    assert "is gone" not in " ".join(capsys.readouterr().out.split())
+    assert read(path)["step"] == best
+
+
 def test_a_step_is_measured_anew_for_another_goal(
     unbroken: Path, config: Path, tmp_path: Path
 ) -> None:
