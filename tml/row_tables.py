@@ -186,29 +186,29 @@ def _sum_repeated(ids: Tensor, gradients: list[Tensor]) -> None:
     # The place is part of the key: equal ids keep their order, whatever the sort does.
     keys = np.sort((ids.numpy() << bits) | np.arange(n))
     found = keys >> bits
-    same = found[1:] == found[:-1]
-    if not same.any():
+    repeated = np.flatnonzero(found[1:] == found[:-1]) + 1
+    if not len(repeated):
         return
-    is_repeated = np.zeros(n, dtype=bool)
-    is_repeated[1:] = same
-    is_first = ~is_repeated
-    is_repeated[:-1] |= same
-    is_first = is_first[is_repeated]
-    places = keys[is_repeated] & ((1 << bits) - 1)
-    numbers = np.cumsum(is_first) - 1
-    sums = gradients[0].new_zeros(int(numbers[-1]) + 1, gradients[0].shape[1])
-    start = 0
-    firsts = []
-    for gradient in gradients:
-        is_here = (places >= start) & (places < start + len(gradient))
-        here, of = torch.from_numpy(places[is_here] - start), torch.from_numpy(numbers[is_here])
-        _add_rows(sums, of, gradient.index_select(0, here))
-        gradient.index_fill_(0, here, 0.0)
-        lead = torch.from_numpy(is_first[is_here])
-        firsts.append((gradient, here[lead], of[lead]))
-        start += len(gradient)
-    for gradient, here, of in firsts:
-        gradient.index_copy_(0, here, sums.index_select(0, of))
+    places = keys & ((1 << bits) - 1)
+    begins = np.diff(repeated, prepend=-1) != 1  # the first is the one before
+    firsts = places[(repeated[begins] - 1)[np.cumsum(begins) - 1]]
+    order = np.argsort(firsts, kind="stable")
+    firsts, others = firsts[order], places[repeated[order]]
+    ends = np.cumsum([len(gradient) for gradient in gradients])
+    moved = gradients[0].new_empty(len(others), gradients[0].shape[1])
+    # numpy, because torch's index_fill_ and index_copy_ take three times as long.
+    for end, gradient in zip(ends, gradients, strict=True):
+        rows, start = gradient.numpy(), end - len(gradient)
+        chosen = np.flatnonzero((others >= start) & (others < end))
+        here = others[chosen] - start
+        moved.numpy()[chosen] = rows[here]
+        rows[here] = 0.0
+    cuts = np.searchsorted(firsts, ends)
+    begin = 0
+    for cut, end, gradient in zip(cuts, ends, gradients, strict=True):
+        here = firsts[begin:cut] - (end - len(gradient))
+        _add_rows(gradient, torch.from_numpy(here), moved[begin:cut])
+        begin = cut
 
 
 def _add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
