@@ -438,8 +438,17 @@ class TwhinConfig(Config):
             return
         if self.validation_data is None:
             raise ValueError(
-                "evaluation.during_training: it ranks validation_data, which is unset; set "
-                "validation_data.data_root"
+                "evaluation.during_training: it ranks validation_data, which is unset; hold edges "
+                "out with `prepare --valid …` (or set validation_data.data_root), or train without "
+                "it: --set evaluation.during_training=null"
+            )
+        data = self.train_data
+        by_turns = data.grouped and data.asks == "both" and during.every_n is None
+        if by_turns and (passes := during.every_n_epochs or 1) % 2:
+            raise ValueError(
+                "evaluation.during_training.every_n_epochs: with train_data.grouped a pass asks "
+                f"for one side, and every {passes:g} would measure now after one side and now "
+                "after the other; make every_n_epochs 2 or a multiple"
             )
         if during.relation is not None and during.relation not in known:
             raise ValueError(

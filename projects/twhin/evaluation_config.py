@@ -31,7 +31,8 @@ class DuringTrainingConfig(Config):
 
     every_n_epochs: PositiveFloat | None = None
     """Passes over the training edges between validations, such as 0.5; the last step is always
-    validated. Unset, and every_n too: 1.
+    validated. Unset, and every_n too: 1. Where train_data.grouped asks for the two sides by turns,
+    a multiple of 2.
     """
     every_n: PositiveInt | None = None
     """Training steps between validations."""

@@ -47,6 +47,7 @@ from projects.twhin.data import (
 )
 from projects.twhin.dataset_worker import training_reader
 from projects.twhin.evaluate import evaluate_split
+from projects.twhin.given_config import load_given
 from projects.twhin.model import (
     TwhinModel,
     build_relation_optimizer,
@@ -58,7 +59,7 @@ from projects.twhin.ranking import Report
 from projects.twhin.report import render
 from projects.twhin.validation import Validation, kept_steps
 from tml import checkpoint, distributed, logs, program, run_folder
-from tml.config import ConfigError, load_config, to_yaml
+from tml.config import ConfigError, to_yaml
 from tml.data.parquet import DataError, ParquetRows, Position
 from tml.data.prefetch import prefetch
 from tml.distributed import Job
@@ -391,8 +392,8 @@ def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -
     processes = f"{job.world_size} process{'es' if job.world_size > 1 else ''}"
     return (
         f"{num_edges:,} edges, {len(config.model.relations)} relations; {rows}; D = "
-        f"{tables[0].embedding_dim}; {total_steps:,} steps of {config.training.num_epochs} epochs; "
-        f"{processes} on {job.device.type}"
+        f"{tables[0].embedding_dim}; {total_steps:,} steps of {config.training.num_epochs} "
+        f"epoch{'s' if config.training.num_epochs > 1 else ''}; {processes} on {job.device.type}"
     )
 
 
@@ -401,7 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal n stopped it.
     """
     parser = argparse.ArgumentParser(description="Train TwHIN.")
-    parser.add_argument("--config_yaml_path", required=True, help="YAML of TwhinConfig's shape")
+    parser.add_argument(
+        "--config_yaml_path", type=Path, required=True, help="YAML of TwhinConfig's shape"
+    )
     parser.add_argument("--save_dir", type=Path, help="run folder; default: training.save_dir")
     parser.add_argument(
         "--graph",
@@ -431,13 +434,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def train() -> int | None:
-        base = arguments.graph
-        if base is not None and base.is_dir():
-            base = base / "graph.yaml"
         overrides = list(arguments.overrides)
         if arguments.warm_start is not None:
             overrides.append(f"warm_start.previous={json.dumps(arguments.warm_start)}")
-        config = load_config(TwhinConfig, arguments.config_yaml_path, overrides, base)
+        config = load_given(arguments.config_yaml_path, arguments.graph, overrides)
         role = program.role()
         if role == "datasetworker":
             dataset_worker.serve(config)

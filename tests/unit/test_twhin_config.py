@@ -194,6 +194,29 @@ def test_grouped_passes_need_all_negatives_and_ask_for_both_sides_as_often() -> 
     assert "validation_data.grouped: it is for passes of training" in refusal(tree)
 
 
+def test_passes_by_turns_are_measured_after_both_sides() -> None:
+    tree = minimal()
+    tree["train_data"] |= {"all_negatives": True, "in_batch_negatives": 0, "grouped": True}
+    tree |= {"training": {"num_epochs": 4}, "validation_data": {"data_root": "v"}}
+    for during in ({}, {"every_n_epochs": 1}, {"every_n_epochs": 3}, {"every_n_epochs": 0.5}):
+        tree["evaluation"] = {"during_training": during}
+        message = refusal(tree)
+        assert "evaluation.during_training.every_n_epochs: with train_data.grouped" in message
+        assert "make every_n_epochs 2 or a multiple" in message
+        one_side = {**tree, "train_data": {**tree["train_data"], "asks": "rhs"}}
+        build_config(TwhinConfig, one_side, "test")
+    for during in ({"every_n_epochs": 2}, {"every_n_epochs": 4}, {"every_n": 3}):
+        tree["evaluation"] = {"during_training": during}
+        build_config(TwhinConfig, tree, "test")
+
+
+def test_ranking_during_training_without_validation_data_names_both_remedies() -> None:
+    message = refusal({**minimal(), "evaluation": {"during_training": {}}})
+    assert "evaluation.during_training: it ranks validation_data, which is unset" in message
+    assert "`prepare --valid" in message
+    assert "--set evaluation.during_training=null" in message
+
+
 def test_grouped_passes_are_refused_where_a_question_is_not_scored_once() -> None:
     tree = minimal()
     tree["train_data"] |= {"all_negatives": True, "in_batch_negatives": 0, "grouped": True}

@@ -4,16 +4,46 @@
 #   run_in_docker.sh                                   the embedded default; a finished run is kept and trained anew
 #   run_in_docker.sh [FLAGS of projects/twhin/run.py]  flags given here win over those below
 #   run_in_docker.sh prepare|evaluate|export|neighbors|drift|mixtures [FLAGS]   that program of projects/twhin
+#   run_in_docker.sh --help                            these verbs, then the flags of projects/twhin/run.py
 #
 # SPEC_TYPE says the role: chief and worker train, under torchrun; datasetworker and evaluator are one process.
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd -P)
+verbs=(prepare evaluate export neighbors drift mixtures)
+
+# One line: the verb that was not found, the nearest one, and all.
+refuse_verb() {
+  local nearest listed
+  nearest=$(python -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' "$1" "${verbs[@]}")
+  listed=$(printf ', %s' "${verbs[@]}")
+  echo "error: there is no verb '$1'; ${nearest:+did you mean $nearest? }verbs: ${listed:2}; flags alone train" >&2
+  exit 2
+}
+
 case "${1:-}" in
   prepare | evaluate | export | neighbors | drift | mixtures)
     program=$1
     shift
     exec python "$base/projects/twhin/$program.py" "$@"
     ;;
+  -h | --help)
+    if (($# == 1)); then
+      cat <<'END'
+The first word may be a verb, which has a --help of its own:
+  prepare    edge lists: numbered, split, with vocabularies and graph.yaml
+  evaluate   measure the vectors of a run on held-out edges
+  export     write the vectors of a run: formats, quantised, FAISS indexes
+  neighbors  nearest entities of an entity
+  drift      how far vectors have moved from those of an earlier run
+  mixtures   users as mixtures of interests, beside the single vector
+Flags alone train:
+
+END
+      exec python "$base/projects/twhin/run.py" --help
+    fi
+    ;;
+  -*) ;;
+  *) (($#)) && refuse_verb "$1" ;;
 esac
 (($#)) || set -- --repeat
 launch=(python -m tml.torchrun)
