@@ -5,6 +5,7 @@ their engine (`tml.embeddings`, fused into the backward pass), dense parameters 
 `build_dense_optimizer`.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic import model_validator as validator
 
 from tml.config import Config, ConfigError
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -60,7 +63,9 @@ class LinearRampToCosine(Config):
     final_learning_rate: NonNegativeFloat
     """Value from final_num_steps on."""
     num_ramp_steps: PositiveInt
-    """Length of the ramp in steps."""
+    """Length of the ramp in steps. Where final_num_steps is unset and training has no more steps
+    than this: a tenth of them, and a warning.
+    """
     final_num_steps: PositiveInt | None = None
     """Step at which the cosine ends; more than num_ramp_steps. Unset: the last step of training,
     which must be known: num_epochs of files, or num_train_steps.
@@ -202,35 +207,57 @@ def build_dense_optimizer(
     )
 
 
-def end_schedules(config: ConfigT, total_steps: int | None) -> ConfigT:
-    """A copy of a config in which every cosine without an end of its own ends with training.
+def end_schedules(config: ConfigT, total_steps: int | None, where: str = "") -> ConfigT:
+    """A copy of a config in which every cosine without an end of its own ends with training. Where
+    training has no more steps than such a ramp, the ramp is a tenth of them, said in one warning.
 
-    total_steps: updates of the whole run; None where they are not known. Raises ConfigError.
+    total_steps: updates of the whole run; None where they are not known. where: path of the config,
+    for messages. Raises ConfigError.
     """
-    changed = {name: _end(name, value, total_steps) for name, value in config}
-    return config.model_copy(update=changed)
+    shortened: dict[str, int] = {}
+    ended: ConfigT = _end(where, config, total_steps, shortened)
+    if shortened:
+        assert total_steps is not None
+        listed = ", ".join(f"{path} (was {steps:,})" for path, steps in shortened.items())
+        logger.warning(
+            "training has %s steps: the ramp of the learning rate is shortened to %s, a tenth: %s",
+            f"{total_steps:,}",
+            f"{_short_ramp(total_steps):,}",
+            listed,
+        )
+    return ended
 
 
-def _end(name: str, value: Any, total_steps: int | None) -> Any:
+def _end(path: str, value: Any, total_steps: int | None, shortened: dict[str, int]) -> Any:
+    """`shortened` gains path → num_ramp_steps as it was."""
+
+    def below(key: object, one: Any) -> Any:
+        return _end(f"{path}.{key}" if path else str(key), one, total_steps, shortened)
+
     if isinstance(value, LinearRampToCosine) and value.final_num_steps is None:
         if total_steps is None:
             raise ConfigError(
-                f"{name}.final_num_steps: the number of training steps is not known before the "
+                f"{path}.final_num_steps: the number of training steps is not known before the "
                 "data ends; set it, or training.num_train_steps"
             )
-        if total_steps <= value.num_ramp_steps:
-            raise ConfigError(
-                f"{name}.num_ramp_steps: {value.num_ramp_steps} is not less than the "
-                f"{total_steps} steps of training; make it smaller, or train longer"
-            )
-        return value.model_copy(update={"final_num_steps": total_steps})
+        ramp = value.num_ramp_steps
+        if total_steps <= ramp:
+            shortened[f"{path}.num_ramp_steps"] = ramp
+            ramp = _short_ramp(total_steps)
+        # Of a single step the ramp is all: the cosine keeps a length, which nothing reaches.
+        end = max(total_steps, ramp + 1)
+        return value.model_copy(update={"num_ramp_steps": ramp, "final_num_steps": end})
     if isinstance(value, Config):
-        return end_schedules(value, total_steps)
+        return value.model_copy(update={name: below(name, one) for name, one in value})
     if isinstance(value, list):
-        return [_end(name, one, total_steps) for one in value]
+        return [below(number, one) for number, one in enumerate(value)]
     if isinstance(value, dict):
-        return {key: _end(str(key), one, total_steps) for key, one in value.items()}
+        return {key: below(key, one) for key, one in value.items()}
     return value
+
+
+def _short_ramp(total_steps: int) -> int:
+    return max(1, total_steps // 10)
 
 
 def dense_state(

@@ -113,7 +113,7 @@ def run(
         all_steps = _total_steps(config, 0, reader.steps_from(Position()))
         if job.is_chief:
             _announce_uneven(config, all_steps, reader.steps_from(Position()))
-        scheduled = end_schedules(config.model, all_steps)
+        scheduled = end_schedules(config.model, all_steps, "model")
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
                 ParquetRows(held_out.data_root, COLUMNS, held_out.offset, held_out.limit)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tml.config import ConfigError, build_config
+from tml.config import Config, ConfigError, build_config
 from tml.optimizers import (
     LearningRate,
     OptimizerConfig,
@@ -62,10 +62,56 @@ def test_a_cosine_without_an_end_ends_with_training() -> None:
         {"adagrad": {}, "learning_rate": {"linear_ramp_to_cosine": {**ramp, "final_num_steps": 50}}}
     )
     assert end_schedules(own, None) == own
-    with pytest.raises(ConfigError, match="set it, or training"):
-        end_schedules(open_end, None)
-    with pytest.raises(ConfigError, match="10 is not less than the 10 steps"):
-        end_schedules(open_end, 10)
+    path = r"^model\.learning_rate\.linear_ramp_to_cosine\.final_num_steps: .* set it, or training"
+    with pytest.raises(ConfigError, match=path):
+        end_schedules(open_end, None, "model")
+
+
+def test_a_ramp_longer_than_training_is_shortened_to_a_tenth_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ramp = {"learning_rate": 1.0, "final_learning_rate": 0.2, "num_ramp_steps": 20}
+    tree = {"adagrad": {}, "learning_rate": {"linear_ramp_to_cosine": ramp}}
+    open_end = OptimizerConfig.model_validate(tree)
+    short = end_schedules(open_end, 20, "model.optimizer")
+    found = [short.learning_rate_at(step) for step in (0, 1, 2, 11, 20)]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "training has 20 steps: the ramp of the learning rate is shortened to 2, a tenth: "
+        "model.optimizer.learning_rate.linear_ramp_to_cosine.num_ramp_steps (was 20)"
+    )
+    caplog.clear()
+    few = [end_schedules(open_end, steps) for steps in (1, 2)]
+    assert [one.learning_rate_at(step) for one in few for step in (0, 1)] == [0.0, 1.0] * 2
+    caplog.clear()
+    enough = end_schedules(open_end, 21).learning_rate
+    assert enough is not None
+    assert enough.linear_ramp_to_cosine is not None
+    assert enough.linear_ramp_to_cosine.num_ramp_steps == 20
+    assert not caplog.records
+
+
+def test_all_shortened_ramps_are_in_one_warning_by_their_paths(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Two(Config):
+        one: OptimizerConfig
+        others: list[OptimizerConfig]
+        named: dict[str, OptimizerConfig]
+
+    ramp = {"learning_rate": 1.0, "final_learning_rate": 0.2, "num_ramp_steps": 20}
+    tree = {"adagrad": {}, "learning_rate": {"linear_ramp_to_cosine": ramp}}
+    config = Two.model_validate({"one": tree, "others": [tree], "named": {"a": tree}})
+    ended = end_schedules(config, 10)
+    assert [o.learning_rate_at(1) for o in (ended.one, *ended.others, ended.named["a"])] == [
+        1.0
+    ] * 3
+    [record] = caplog.records
+    for path in ("one", "others.0", "named.a"):
+        assert f" {path}.learning_rate.linear_ramp_to_cosine.num_ramp_steps (was 20)" in (
+            record.getMessage()
+        )
 
 
 @pytest.mark.parametrize(
