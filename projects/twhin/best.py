@@ -1,18 +1,20 @@
 """The best step of a run by what was measured of its checkpoints, named in evaluation/best.json.
 
 The file is written by the trainer where evaluation.during_training is set, else by the evaluator
-role: {"step", "split", "metric", "relation", <metric>: its value}. Who asks for `--step=best` gets
-the step that it names, and the trainer keeps that step folder.
+role: {"step", "split", "metric", "relation", <metric>: its value}. Programs that read a run take
+the step that it names by default, and the trainer keeps that step folder.
 """
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from projects.twhin.evaluation_config import EvaluationConfig
 from projects.twhin.ranking import Report
-from tml import follow, run_folder
+from tml import checkpoint, follow, run_folder
 from tml.checkpoint import CheckpointError
+from tml.machines import container
 
 BEST = "best.json"
 """Below evaluation/."""
@@ -94,12 +96,58 @@ def best_step(save_dir: Path) -> int:
     return step
 
 
-STEP_HELP = "step folder: its number, or best; default: the newest complete one"
+STEP_HELP = (
+    "step folder: its number, best or newest; default: the best by validation where there is one, "
+    "else the newest"
+)
+LISTED_STEPS = 12
+"""Steps that an error names."""
 
 
 def step_argument(text: str) -> int | str:
-    """--step of a program: a number or "best"."""
-    return text if text == "best" else int(text)
+    """--step of a program: a number, "best" or "newest"; "last" is another word for it."""
+    if text in ("best", "newest", "last"):
+        return "newest" if text == "last" else text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no step: give a number, best or newest")
+
+
+def choose_step(run: Path, asked: int | str | None) -> tuple[int, str | None]:
+    """The step of a run folder that `step_argument` asks for, and a line to say where the default
+    (None) was a choice between the best and the newest.
+
+    The default is the best by validation where its folder is complete, else the newest. A step that
+    was chosen on the test edges is taken on demand alone: measured on them, it looks better than it
+    is. Raises CheckpointError where there is no such step.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"--run: there is no folder {run}{container.outside(run)}")
+    steps = checkpoint.complete_steps(run)
+    if asked == "best":
+        return best_step(run), None
+    if isinstance(asked, int):
+        if not (run / str(asked)).is_dir():
+            raise CheckpointError(f"--step: {run} has no step {asked}; {_listed(steps)}")
+        return asked, None
+    if not steps:
+        raise CheckpointError(f"{run} holds no complete step folder; train first")
+    best, newest = read_best(run), steps[-1]
+    if asked == "newest" or best is None or best["step"] == newest:
+        return newest, None
+    step, split = best["step"], best["split"]
+    if step not in steps:
+        return newest, f"step {newest}, the newest (the best by {split}, {step}, is gone)"
+    if split != "validation":
+        return newest, f"step {newest}, the newest (--step={step} is the best by {split})"
+    return step, f"step {step}, the best by validation (--step={newest} is the newest)"
+
+
+def _listed(steps: list[int]) -> str:
+    if not steps:
+        return "none is complete; train first"
+    more = f"{len(steps) - LISTED_STEPS} earlier ones, " if len(steps) > LISTED_STEPS else ""
+    return f"complete are {more}{', '.join(map(str, steps[-LISTED_STEPS:]))}"
 
 
 def forget_marks(save_dir: Path, step: int) -> None:

@@ -86,7 +86,7 @@ def between(old: Path, new: Path, k: int = K) -> Report:
     """Table → drift between two runs, rows matched by entity."""
     if k < 1:
         raise ConfigError(f"--k: {k} is no number of neighbors; give 1 or more")
-    before, after = open_previous(old), open_previous(new)
+    before, after = open_previous(old, "--previous"), open_previous(new, "--run")
     if before.dim != after.dim:
         raise ConfigError(
             f"the vectors of {before.folder} have dimension {before.dim}, those of {after.folder} "
@@ -210,8 +210,15 @@ def _show(arguments: argparse.Namespace) -> None:
 def _started_from(run: Path) -> Path:
     report = read_report(run)
     if report is None:
+        open_previous(run, "--run")  # says so where it is not there at all
         raise ConfigError(f"{run} was not started warm; name the earlier run with --previous")
-    return Path(report["previous"])
+    previous = Path(report["previous"])
+    if not previous.is_dir():
+        raise ConfigError(
+            f"{previous}, which {run} was started from, is not there any more; name the earlier "
+            "run with --previous"
+        )
+    return previous
 
 
 if __name__ == "__main__":

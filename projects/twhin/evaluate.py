@@ -1,8 +1,9 @@
 """A run's vectors measured on the edges of its config: link prediction and retrieval.
 
-From the command line, on the newest step folder of a run:
+From the command line, on the best step of a run by validation, or else its newest:
 
-    python projects/twhin/evaluate.py --run=RUN_FOLDER [--split=test] [--json]
+    python projects/twhin/evaluate.py --run=RUN_FOLDER [--step=N|best|newest] [--split=test]
+        [--json]
 """
 
 import argparse
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tml.checkpoint import CheckpointError
     from tml.data.parquet import DataError
     from tml.distributed import join as join_job
-    from tml.program import add_overrides
+    from tml.program import add_overrides, announce
 
     parser = argparse.ArgumentParser(description="Measure the vectors of a run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder (save_dir)")
@@ -140,7 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder, config = resolve_run(arguments.run, arguments.step, arguments.overrides)
         with join_job(config.training.eval_timeout_in_s) as job:
             vectors = load_vectors(folder, config.model)
-            report = evaluate_split(config, arguments.split, vectors, job)
+            all_edges = read_splits(config)
+            if job.is_chief and (asked := all_edges[arguments.split]) is not None:
+                most = min(config.evaluation.max_edges or len(asked), len(asked))
+                some = "up to " if config.evaluation.relations is not None else ""
+                announce(f"measuring {some}{most:,} edges of {arguments.split}")
+            report = evaluate_split(config, arguments.split, vectors, job, all_edges)
             if job.is_chief:
                 _show(report, as_json=arguments.json)
     except (ConfigError, DataError, CheckpointError, OSError) as error:

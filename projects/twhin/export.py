@@ -1,6 +1,6 @@
 """Vectors out: a step folder → `Vectors` in memory, and `Vectors` → files.
 
-    python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best] [--output=FOLDER]
+    python projects/twhin/export.py --run=RUN_FOLDER [--step=N|best|newest] [--output=FOLDER]
         [--format parquet npy safetensors] [--quantize fp16 int8 pq] [--index auto|none|KIND]
 
 Parquet is the default: `<folder>/<table>.parquet` with columns id (int64), entity (string; where
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from projects.twhin import quantize
-from projects.twhin.best import STEP_HELP, best_step, step_argument
+from projects.twhin.best import STEP_HELP, choose_step, step_argument
 from projects.twhin.config import ModelConfig, TwhinConfig
 from projects.twhin.exported import DESCRIPTION, FORMATS, RELATIONS, Exported
 from projects.twhin.model import Vectors, saved_names
@@ -44,6 +44,7 @@ from projects.twhin.vector_files import (
 from projects.twhin.vocabulary import names_of, refuse_replaced
 from tml import checkpoint, program
 from tml.config import ConfigError, load_config
+from tml.machines import environment
 
 COST = "quantization.json"
 OURS = frozenset([".parquet", ".npy", ".safetensors", ".faiss"])
@@ -117,13 +118,13 @@ def _write(
         WRITERS[name](folder, tables, relations)
     if set(options.formats) != {"parquet"}:
         write_ids(folder, tables)
-    quantised = {
-        kind: {
-            name: quantize.quantise(kind, name, table.vectors, options.pq_bytes)
-            for name, table in tables.items()
-        }
-        for kind in options.quantize
-    }
+    quantised: dict[str, dict[str, Quantised]] = {}
+    for kind in options.quantize:
+        quantised[kind] = {}
+        for name, table in tables.items():
+            program.announce(f"quantising {name} by {kind}")
+            rows = quantize.quantise(kind, name, table.vectors, options.pq_bytes)
+            quantised[kind][name] = rows
     for kinds in quantised.values():
         for name, rows in kinds.items():
             rows.write(folder, name)
@@ -184,18 +185,15 @@ def _relation_rows(vectors: Vectors, config: ModelConfig) -> RelationRows:
 def resolve_run(
     run: Path, step: int | str | None, overrides: Sequence[str] = ()
 ) -> tuple[Path, TwhinConfig]:
-    """The step folder (the newest complete one where `step` is None, the one that best.json names
-    where it is "best") of a run folder, and the config it was made with. Raises CheckpointError
-    where there is none, or where the vocabularies of the config are other ones by now.
+    """The step folder of a run folder, as `best.choose_step` chooses it, and the config it was made
+    with; where the best and the newest differ, a line on stderr says which it is. Raises
+    CheckpointError where there is none, or where the vocabularies of the config are other ones by
+    now.
     """
-    if step == "best":
-        step = best_step(run)
-    if step is None:
-        steps = checkpoint.complete_steps(run)
-        if not steps:
-            raise checkpoint.CheckpointError(f"{run} holds no complete step folder; train first")
-        step = steps[-1]
-    folder = run / str(step)
+    chosen, why = choose_step(run, step)
+    if why is not None and environment.rank() == 0:
+        print(why, file=sys.stderr)
+    folder = run / str(chosen)
     meta = checkpoint.load_meta(folder)
     config = load_config(TwhinConfig, folder / checkpoint.CONFIG, overrides)
     refuse_replaced(folder, meta, config.model)
@@ -297,8 +295,7 @@ def _show(paths: Sequence[Path], *, as_json: bool) -> None:
         found = {"folder": str(paths[0].parent), "files": files, "indexes": indexes}
         print(json.dumps(found | {"quantization": costs}, indent=2))
         return
-    for path in paths:
-        print(path)
+    print(f"{paths[0].parent}: {', '.join(path.name for path in paths)}")
     for index in indexes:
         if index["factory"] != "Flat":
             cells = "" if index["nprobe"] is None else f", {index['nprobe']} cells a query"

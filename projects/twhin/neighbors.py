@@ -33,10 +33,13 @@ from projects.twhin.queries import Query, related, search_exactly, similar
 from projects.twhin.seen import seen_rows
 from tml.config import ConfigError
 from tml.data.parquet import DataError
+from tml.machines import container
 
 VECTORS = "vectors"
 COMPARED_NAMES = 100_000
 """Names that are searched for close matches."""
+LISTED_RELATIONS = 24
+"""Relations that an error names."""
 
 Answer = dict[str, Any]
 
@@ -165,8 +168,12 @@ def _find_side(
     """The relation's number and the side that is asked for."""
     names = [known.name for known in exported.relations]
     if relation not in names:
-        close = difflib.get_close_matches(relation, names, n=3) or names[:12]
-        raise ConfigError(f"--relation: there is no {relation!r}; there are {', '.join(close)}")
+        close = difflib.get_close_matches(relation, names, n=3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        shown = ", ".join(names[:LISTED_RELATIONS])
+        more = len(names) - LISTED_RELATIONS
+        shown += f" and {more} more" if more > 0 else ""
+        raise ConfigError(f"--relation: there is no {relation!r}{meant}; there are {shown}")
     known = exported.relations[names.index(relation)]
     sides = {"rhs": (known.lhs, known.rhs), "lhs": (known.rhs, known.lhs)}
     wanted = {"tails": "rhs", "heads": "lhs"}.get(direction or "")
@@ -238,6 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = _parse(argv)
     try:
+        if arguments.run is not None and not arguments.run.is_dir():
+            missing = container.outside(arguments.run)
+            raise ConfigError(f"--run: there is no folder {arguments.run}{missing}")
         exported = Exported.open(arguments.vectors or arguments.run / VECTORS)
         if arguments.id is not None:
             entity = entity_of_row(exported, arguments.id, arguments.type)

@@ -28,6 +28,7 @@ from projects.twhin.vocabulary import META_KEY, fingerprint, read_names
 from tml import checkpoint
 from tml.config import ConfigError, load_config
 from tml.data.parquet import DataError
+from tml.machines import container
 from tml.run_folder import METRICS
 
 VECTORS = "vectors"
@@ -222,10 +223,12 @@ class VectorsFolder(Previous):
         return self.folder / f"{table}.parquet"
 
 
-def open_previous(path: Path) -> Previous:
-    """The source at `path`; raises ConfigError where there is none."""
+def open_previous(path: Path, given_as: str = "warm_start.previous") -> Previous:
+    """The source at `path`; raises ConfigError, which says how it was given, where there is
+    none.
+    """
     if not path.is_dir():
-        raise ConfigError(f"warm_start.previous: there is no folder {path}")
+        raise ConfigError(f"{given_as}: there is no folder {path}{container.outside(path)}")
     if steps := checkpoint.complete_steps(path):
         best = _best_step(path)
         return StepFolder(path / str(best if best in steps else steps[-1]))
@@ -234,7 +237,7 @@ def open_previous(path: Path) -> Previous:
     if any(p.stem not in (RELATIONS, MATRICES) and _has_vectors(p) for p in path.glob("*.parquet")):
         return VectorsFolder(path)
     raise ConfigError(
-        f"warm_start.previous: {path} is neither a run folder with a complete step, nor a step "
+        f"{given_as}: {path} is neither a run folder with a complete step, nor a step "
         "folder, nor a folder of exported vectors as parquet (<table>.parquet; export.py "
         "--format parquet writes them)"
     )

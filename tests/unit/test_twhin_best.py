@@ -2,15 +2,27 @@
 configuration.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from projects.twhin.best import Goal, best_step, find_best, forget_marks, read_best, write_best
+from projects.twhin.best import (
+    Goal,
+    best_step,
+    choose_step,
+    describe,
+    find_best,
+    forget_marks,
+    read_best,
+    step_argument,
+    write_best,
+)
 from projects.twhin.config import TwhinConfig
 from projects.twhin.evaluation_config import DuringTrainingConfig, EvaluationConfig
+from tml import checkpoint
 from tml.checkpoint import CheckpointError
 
 REPORT = {
@@ -73,6 +85,49 @@ def test_a_best_step_that_is_trained_anew_gives_way_to_the_best_before_it(tmp_pa
     assert read_best(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"names no best step .* set evaluation"):
         best_step(tmp_path)
+
+
+def complete(run: Path, step: int) -> None:
+    (run / str(step)).mkdir(parents=True)
+    (run / str(step) / checkpoint.COMPLETE).touch()
+
+
+def test_programs_take_the_best_by_validation_and_say_so(tmp_path: Path) -> None:
+    for step in (60, 85, 102):
+        complete(tmp_path, step)
+    (tmp_path / "110").mkdir()  # not complete
+    assert choose_step(tmp_path, None) == (102, None)
+    write_best(tmp_path, describe(102, "validation", Goal(), 0.5))
+    assert choose_step(tmp_path, None) == (102, None)
+    write_best(tmp_path, describe(85, "validation", Goal(), 0.5))
+    line = "step 85, the best by validation (--step=102 is the newest)"
+    assert choose_step(tmp_path, None) == (85, line)
+    for text, step in (("best", 85), ("newest", 102), ("last", 102), ("60", 60)):
+        assert choose_step(tmp_path, step_argument(text)) == (step, None)
+    (tmp_path / "85" / checkpoint.COMPLETE).unlink()
+    line = "step 102, the newest (the best by validation, 85, is gone)"
+    assert choose_step(tmp_path, None) == (102, line)
+    # By the edges that are reported on, no step is chosen unasked.
+    write_best(tmp_path, describe(60, "test", Goal(), 0.5))
+    line = "step 102, the newest (--step=60 is the best by test)"
+    assert choose_step(tmp_path, None) == (102, line)
+    assert choose_step(tmp_path, "best") == (60, None)
+
+
+def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--run: there is no folder .*nope"):
+        choose_step(tmp_path / "nope", None)
+    with pytest.raises(CheckpointError, match="has no step 17; none is complete"):
+        choose_step(tmp_path, 17)
+    for step in range(1, 15):
+        complete(tmp_path, step)
+    with pytest.raises(
+        CheckpointError, match=r"no step 17; complete are 2 earlier ones, 3, .*, 14"
+    ):
+        choose_step(tmp_path, 17)
+    for text in ("beste", "-3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give a number, best or newest"):
+            step_argument(text)
 
 
 def evaluation(during: dict[str, Any], **more: Any) -> EvaluationConfig:

@@ -110,7 +110,10 @@ def test_the_program_matches_entities_by_name(
     assert drift.main([f"--run={tmp_path}/new"]) == 2
     assert "was not started warm; name the earlier run with" in capsys.readouterr().err
     assert drift.main([f"--run={tmp_path}/new", f"--previous={tmp_path}/x"]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "--previous: there is no folder" in capsys.readouterr().err
+    for more in ([], [f"--previous={tmp_path}/old"]):
+        assert drift.main([f"--run={tmp_path}/x", *more]) == 2
+        assert "--run: there is no folder" in capsys.readouterr().err
     assert drift.main([*arguments, "--k=0"]) == 2
     assert "--k: 0 is no number of neighbors" in capsys.readouterr().err
     rows[3, 2] = torch.nan

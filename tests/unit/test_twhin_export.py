@@ -3,6 +3,7 @@ they cost, and folders that are never half-written.
 """
 
 import errno
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from projects.twhin import export, quantization_cost, vector_files
+from projects.twhin.best import Goal, describe, write_best
 from projects.twhin.config import ModelConfig, TwhinConfig
 from projects.twhin.export import COST, ExportOptions, export_vectors
 from projects.twhin.exported import DESCRIPTION, FORMATS, Exported
@@ -207,6 +210,36 @@ def test_the_cost_is_that_of_ranking_with_the_decoded_vectors(tmp_path: Path) ->
     assert spoilt["metrics"]["mrr"]["lost"] == pytest.approx(1 - (heads + tails) / 2)
 
 
+def test_the_change_stands_beneath_its_number_with_a_label() -> None:
+    full = {"mrr": 0.0142, "recall@1": 0.5}
+
+    def kind(name: str, changes: list[float]) -> dict[str, Any]:
+        metrics = {
+            metric: {"full": value, "quantised": value * (1 + change), "lost": -value * change}
+            for (metric, value), change in zip(full.items(), changes, strict=True)
+        }
+        tables = {table: {"neighbours_kept": 0.5} for table in ("a[b]", "c", "d")}
+        sizes = {"bytes_before": 1 << 21, "bytes_after": 1 << 20, "saved": 0.5}
+        return {"kind": name, **sizes, "tables": tables, "metrics": metrics}
+
+    report = {"split": "test", "protocol": "p", "neighbours": "n", "full": full}
+    kinds = [kind("int8", [-1e-6, 0.1]), kind("pq", [-0.5, 0.0])]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(quantization_cost.render({**report, "kinds": kinds}))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert lines[3:] == [
+        ["fp32", "2.00", ".0142", ".5000"],
+        ["int8", "1.00", "50.0%", ".0142", ".5500", "a[b]", "50.0%"],
+        ["change", "0.00%", "+10.00%", "c", "50.0%"],
+        ["d", "50.0%"],
+        ["pq", "1.00", "50.0%", ".0071", ".5000", "a[b]", "50.0%"],
+        ["change", "-50.00%", "0.00%", "c", "50.0%"],
+        ["d", "50.0%"],
+        ["test:", "p"],
+        ["neighbours:", "n"],
+    ]
+
+
 def test_neighbours_kept_are_those_of_brute_force() -> None:
     config = build_config(
         TwhinConfig,
@@ -281,6 +314,9 @@ def test_the_runs_own_vectors_keep_their_parquet_and_can_be_started_from(
     run = ["--run", str(tmp_path / "run"), "--index", "none", "--format", "npy"]
     assert export.main(run) == 0
     folder = tmp_path / "run" / "vectors"
+    [shown] = capsys.readouterr().out.splitlines()
+    assert shown.startswith(f"{folder}: ")
+    assert shown.count(str(tmp_path)) == 1
     names = {path.name for path in folder.iterdir()}
     assert {"user.parquet", "user.npy", "user.ids.parquet", "relations.parquet"} <= names
     previous = open_previous(folder)  # user.ids.parquet is no table
@@ -292,6 +328,16 @@ def test_the_runs_own_vectors_keep_their_parquet_and_can_be_started_from(
     with pytest.raises(ConfigError, match=r"neither a run folder .* --format parquet writes them"):
         open_previous(tmp_path / "out")
     capsys.readouterr()
+    for step in (7, 9):
+        checkpoint.save(tmp_path / "run", step, saved, {}, to_yaml(config))
+    write_best(tmp_path / "run", describe(7, "validation", Goal(), 0.5))
+    for more, step in ([], 7), (["--step=newest"], 9), (["--step=3"], 3):
+        assert export.main([*run, *more, "--json"]) == 0
+        written = capsys.readouterr()
+        assert ("step 7, the best by validation" in written.err) == (not more)
+        assert Exported.open(Path(json.loads(written.out)["folder"])).step == step
+    assert export.main([*run, "--step=17"]) == 2
+    assert "has no step 17; complete are 3, 7, 9" in " ".join(capsys.readouterr().err.split())
     assert export.main([*run, "--quantize", "int8", "--max-edges", "0"]) == 2
     assert "--max-edges: 0 edges tell nothing" in capsys.readouterr().err
     (folder / "user.parquet").write_text("no parquet")

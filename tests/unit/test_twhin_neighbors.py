@@ -3,6 +3,7 @@ found or told apart, and the program starts without torch.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,9 @@ def test_alike_entities_are_by_cosine_without_the_entity_itself(tmp_path: Path) 
     assert answer["asked"] == {"type": "user", "measure": "cosine"}
 
 
-def test_a_relation_ranks_the_other_side(tmp_path: Path) -> None:
+def test_a_relation_ranks_the_other_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, exported = build(tmp_path, index="auto")
     answer = find_neighbors(exported, find_entity(exported, "u3"), 4, relation="r0")
     best = model.score(0, "rhs", torch.tensor([3]))[0].topk(4)
@@ -168,8 +171,14 @@ def test_a_relation_ranks_the_other_side(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="r0 goes from user to item; it does not lead from"):
         find_neighbors(exported, find_entity(exported, "i3"), relation="r0", direction="tails")
-    with pytest.raises(ConfigError, match="there is no 'r1'; there are r0"):
-        find_neighbors(exported, find_entity(exported, "i3"), relation="r1")
+    for relation, message in (
+        ("r1", "; there are r0"),
+        ("r0x", "; did you mean r0?; there are r0"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"there is no {relation!r}{message}")):
+            find_neighbors(exported, find_entity(exported, "i3"), relation=relation)
+    assert main([f"--run={tmp_path}/nope", "--id=1"]) == 2
+    assert "--run: there is no folder" in capsys.readouterr().err
 
 
 def test_what_training_edges_join_is_left_out_on_demand(
@@ -268,7 +277,7 @@ def test_the_program_answers_without_torch(
     assert "user nearest to user u3" in capsys.readouterr().out
     assert main(["--run", str(tmp_path), "--id", "30", "--type", "user"]) == 2
     assert "table 'user' has the rows 0 to 29, not 30" in capsys.readouterr().err
-    assert main(["--run", str(tmp_path / "none"), "--entity", "u3"]) == 2
+    assert main(["--vectors", str(tmp_path / "none"), "--entity", "u3"]) == 2
     assert "holds no exported vectors" in capsys.readouterr().err
 
 

@@ -28,6 +28,18 @@ def advice(flag: str, path: Path) -> str:
     )
 
 
+def outside(path: Path) -> str:
+    """What to add to the message that there is no `path`, where the caller may have meant one of
+    the machine around the container; else "".
+    """
+    if not vanishes(path):
+        return ""
+    return (
+        "; in the container, ~/tmp is /root/tmp, and other folders are there only below the "
+        "checkout or where the launcher's --mount names them"
+    )
+
+
 def is_root_for_another(checkout: Path = CHECKOUT) -> bool:
     """Whether this is root while the checkout belongs to somebody else, who would find files of
     root's in their folders.
