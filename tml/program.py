@@ -16,7 +16,7 @@ from tml.distributed import ORPHANED
 from tml.machines import environment
 from tml.train import DivergedError
 
-__all__ = ["ORPHANED", "add_overrides", "exit_code", "fail"]
+__all__ = ["ORPHANED", "add_overrides", "announce", "exit_code", "fail"]
 
 _LOST_PEER = (
     # gloo
@@ -76,6 +76,11 @@ def role() -> environment.Role:
         return environment.spec_type()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def announce(what: str) -> None:
+    """Say on stderr what begins now and takes its time; stdout is for results."""
+    print(f"{what} …", file=sys.stderr, flush=True)
 
 
 def add_overrides(parser: ArgumentParser, what: str = "change one setting") -> None:

@@ -32,6 +32,7 @@ from projects.twhin.mixture_retrieval import Retrieval, retrieve
 from projects.twhin.model import Vectors
 from projects.twhin.modes import NOBODY, Mixture, Modes, Space
 from tml.config import ConfigError
+from tml.program import announce
 
 BLOCK_USERS = 2048
 HELD_OUT = 0.2
@@ -112,6 +113,7 @@ class Subject:
 
     def cluster(self, history: History, settings: Settings) -> Clusters:
         """Clusters of all items, fitted to those that `history` has."""
+        announce(f"clustering {len(self.space.items):,} rows of {self.rhs}")
         fitted = torch.from_numpy(np.unique(history.items))
         comparator = self.space.comparator
         return cluster(self.space.items, settings.clusters, comparator, settings.seed, fitted)
@@ -217,7 +219,10 @@ def tune(
         on = f"{HELD_OUT:.0%} of the training edges, held out; the vectors have seen them"
     comparison = Comparison(subject, history, validation, settings, k, max_users)
     tried: dict[Settings, Report] = {}
-    for name in (*GRID, next(iter(GRID))):
+    passes = (*GRID, next(iter(GRID)))
+    most = sum(len(GRID[name]) for name in passes)
+    announce(f"tuning: up to {most} settings on {len(comparison.users):,} users")
+    for name in passes:
         for value in GRID[name]:
             candidate = replace(settings, **{name: value})
             if candidate not in tried:
@@ -241,6 +246,7 @@ def compare(subject: Subject, settings: Settings, k: Sequence[int], split: str) 
     if sought is None:
         raise ConfigError(f"the config has no {split}_data to evaluate on; choose another --split")
     comparison = Comparison(subject, subject.training, sought, settings, k)
+    announce(f"measuring {len(comparison.users):,} users of {split}")
     return {
         "relation": subject.config.model.relations[subject.number].name,
         "split": split,
@@ -258,6 +264,7 @@ def write(subject: Subject, settings: Settings, step: int, folder: Path) -> None
     from projects.twhin.mixture_files import write_mixture
 
     clusters = subject.cluster(subject.training, settings)
+    announce(f"writing the modes of {len(subject.space.users):,} rows of {subject.lhs}")
     mixture = Mixture(subject.space, subject.training, clusters, settings.seed)
     modes = (
         (users, modes_of(mixture, users, neighbours_of(mixture, users, settings), settings))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from projects.twhin.config import TwhinConfig
@@ -21,8 +22,10 @@ from projects.twhin.model import Vectors
 from projects.twhin.quantize import Quantised
 from projects.twhin.queries import normalised, similarity
 from projects.twhin.ranking import Report
+from projects.twhin.report import short
 from tml.data.parquet import DataError
 from tml.distributed import Job
+from tml.program import announce
 
 K = 10
 NUM_QUERIES = 500
@@ -143,8 +146,12 @@ def measure(
     max_edges: int | None = None,
 ) -> Report:
     """kind → table → quantised rows, each measured → what quantization.json holds."""
+    announce("measuring the full vectors, to compare with")
     measurement = Measurement(config, vectors, split, max_edges)
-    kinds = [measurement.cost(kind, tables) for kind, tables in quantised.items()]
+    kinds = []
+    for kind, tables in quantised.items():
+        announce(f"measuring what {kind} costs")
+        kinds.append(measurement.cost(kind, tables))
     report: Report = {
         "neighbours": f"recall@{K} of the exact neighbours by "
         f"{similarity(config.model.comparator)}, {NUM_QUERIES} entities a table"
@@ -170,17 +177,16 @@ def render(report: Report) -> Table:
         table.add_column(heading, justify="right", no_wrap=heading != "neighbours kept")
     kinds: Sequence[Report] = report["kinds"]
     if kinds:
-        full = [f"{report['full'][name]:.4f}" for name in names]
+        full = [short(report["full"][name]) for name in names]
         table.add_row("fp32", f"{kinds[0]['bytes_before'] / 2**20:,.2f}", "", *full, "")
     for kind in kinds:
         cells = [f"{kind['bytes_after'] / 2**20:,.2f}", f"{kind['saved']:.1%}"]
-        for name in names:
-            cells.append(f"{kind['metrics'][name]['quantised']:.4f}")
+        for name in names:  # the change beneath the number, dim
+            metric = kind["metrics"][name]
+            cells.append(f"{short(metric['quantised'])}\n[dim]{_change(metric)}[/dim]")
+        label = kind["kind"] + ("\n[dim]change[/dim]" if names else "")
         kept = [f"{name} {t['neighbours_kept']:.1%}" for name, t in kind["tables"].items()]
-        table.add_row(kind["kind"], *cells, "\n".join(kept))
-        if names:
-            lost = [f"{_share(kind['metrics'][name]):+.2%}" for name in names]
-            table.add_row("", "", "", *lost, "", style="dim")
+        table.add_row(label, *cells, escape("\n".join(kept)))
     return table
 
 
@@ -190,9 +196,11 @@ def _shown(full: Mapping[str, float]) -> list[str]:
     return [name for name in ("mrr", *(recalls[:2] or ["hits@10"])) if name in full]
 
 
-def _share(metric: Report) -> float:
-    """Change of a metric in parts of the full one."""
-    return -metric["lost"] / metric["full"] if metric["full"] else 0.0
+def _change(metric: Report) -> str:
+    """Change of a metric in parts of the full one: +0.31%, or 0.00% without a sign."""
+    share = -metric["lost"] / metric["full"] if metric["full"] else 0.0
+    shown = f"{share:+.2%}"
+    return "0.00%" if shown in ("+0.00%", "-0.00%") else shown
 
 
 def _sampled(config: TwhinConfig, vectors: Vectors, max_edges: int | None) -> TwhinConfig:

@@ -44,13 +44,13 @@ def _link_table(report: Report, optimum: Report | None) -> Table:
     for name, row in _shown_rows(report):
         cells = [f"{row['edges']:,}"]
         if row["mean"]:
-            cells += [_short(row[side]["mrr"]) for side in ("mean", "lhs", "rhs")]
+            cells += [short(row[side]["mrr"]) for side in ("mean", "lhs", "rhs")]
             cells += [f"{row['mean']['mr']:.0f}"]
-            cells += [_short(row["mean"][f"hits@{k}"]) for k in HITS]
+            cells += [short(row["mean"][f"hits@{k}"]) for k in HITS]
         best = _row_of(optimum, name)
         if row["mean"] and best:
             best_mrr = best["mean"]["mrr"]
-            cells += [_short(best_mrr), f"{row['mean']['mrr'] / best_mrr:.1%}"]
+            cells += [short(best_mrr), f"{row['mean']['mrr'] / best_mrr:.1%}"]
         table.add_row(_shown_name(name), *cells, end_section=name == "all")
     return table
 
@@ -61,7 +61,7 @@ def _retrieval_table(report: Report) -> Table:
         values = row["mean"] if name == "all" else row
         cuts = [metric.partition("@")[2] for metric in values if metric.startswith("recall@")]
         for cut in cuts:
-            cells = [_short(values[f"{metric}@{cut}"]) for metric in ("recall", "ndcg", "hit")]
+            cells = [short(values[f"{metric}@{cut}"]) for metric in ("recall", "ndcg", "hit")]
             named = [_shown_name(name), f"{row['users']:,}"] if cut == cuts[0] else ["", ""]
             table.add_row(*named, cut, *cells, end_section=name == "all" and cut == cuts[-1])
     return table
@@ -85,7 +85,7 @@ def _shown_name(name: str) -> str:
     return name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Four decimals, without the zero in front: .1806."""
     return f"{value:.4f}".removeprefix("0")
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from projects.twhin import mixtures, modes
+from projects.twhin import evaluate, mixtures, modes
 from projects.twhin.clusters import Clusters, cluster
 from projects.twhin.comparators import Comparator, products
 from projects.twhin.config import TwhinConfig
@@ -561,6 +561,16 @@ def test_mistakes_are_told(run_folder: Path, flag: str, message: str) -> None:
         call(run_folder, "--split=test", flag)
 
 
+def test_evaluate_says_on_stderr_what_it_begins(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--run", str(run_folder), "--set=evaluation.max_edges=5", "--json"]
+    assert evaluate.main(flags) == 0
+    shown, said = capsys.readouterr()
+    assert json.loads(shown)["link_prediction"]["protocol"].split("; ")[-1].startswith("5 of ")
+    assert said.splitlines()[-1] == "measuring 5 edges of test …"
+
+
 def test_settings_are_not_measured_where_they_were_chosen(run_folder: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be measured on them"):
         call(run_folder, "--tune", "--split=validation")
@@ -572,7 +582,10 @@ def test_the_command_line_shows_tables(
     monkeypatch.setenv("COLUMNS", "80")
     flags = ["--run", str(run_folder), "--relation=b", "--tune", "--k=2,5"]
     assert mixtures.main(flags) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    starts = [line.split()[0] for line in said.splitlines()]
+    assert starts == ["clustering", "tuning:", "clustering", "measuring"]
+    assert all(line.endswith(" …") for line in said.splitlines())
     assert "mixture" in shown
     assert "coverage" in shown
     assert "…" not in shown
