@@ -24,7 +24,7 @@ LAYERS = (
         "optimizers",
         "data",
     ),
-    ("embeddings", "checkpoint", "row_tables"),
+    ("embeddings", "checkpoint", "row_tables", "early_stopping"),
     ("evaluate", "train", "rendezvous", "torchrun", "run_folder"),
     ("program", "follow"),
     ("tensorboard",),
