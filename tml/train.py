@@ -60,6 +60,11 @@ class TrainingConfig(Config):
     seed: NonNegativeInt = 1
     """Decides initial values, order of the data, everything drawn at random."""
 
+    def last_step(self, step: int, left: int) -> int:
+        """The number of the last step, `left` steps of the data being left after `step`."""
+        wanted = self.num_train_steps
+        return step + left if wanted is None else max(step, min(step + left, wanted))
+
 
 class Place(Protocol):
     """Where reading goes on: a `Position`, or whatever else a reader knows itself by."""

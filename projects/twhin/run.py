@@ -110,9 +110,10 @@ def run(
         layout.count_degrees(config.train_data)
         seed, data = config.training.seed, config.train_data
         reader = training_reader(config, layout, job)
-        all_steps = _total_steps(config, 0, reader.steps_from(Position()))
+        steps_of_epochs = reader.steps_from(Position())
+        all_steps = config.training.last_step(0, steps_of_epochs)
         if job.is_chief:
-            _announce_uneven(config, all_steps, reader.steps_from(Position()))
+            _announce_uneven(config, all_steps, steps_of_epochs)
         scheduled = end_schedules(config.model, all_steps, "model")
         for held_out in (config.validation_data, config.test_data):
             if held_out is not None:  # what is wrong with it is said now, not after training
@@ -168,7 +169,7 @@ def run(
             validation = Validation(config, save_dir, job, log)
             ended = validation.resume(progress)
         left = 0 if ended else reader.steps_from(position)
-        total_steps = _total_steps(config, progress.step, left)
+        total_steps = config.training.last_step(progress.step, left)
         if job.is_chief and progress.step < total_steps:
             (save_dir / run_folder.METRICS).unlink(
                 missing_ok=True
@@ -378,12 +379,6 @@ def _announce_uneven(config: TwhinConfig, total_steps: int, steps_of_epochs: int
             "by passes of %s steps (train_data.grouped); a multiple of %s asks for both alike",
             *(f"{n:,}" for n in (total_steps, tails, heads, steps_of_pass, 2 * steps_of_pass)),
         )
-
-
-def _total_steps(config: TwhinConfig, step: int, left: int) -> int:
-    """The number of the last step, `left` steps of the data being left after `step`."""
-    wanted = config.training.num_train_steps
-    return step + left if wanted is None else max(step, min(step + left, wanted))
 
 
 def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -> str:

@@ -243,11 +243,8 @@ def _has_idle_processors(job: Job) -> bool:
 
 def _total_steps(config: RecapConfig, step: int, left: int | None) -> int | None:
     """The number of the last step, at the most; None where the data's end alone decides."""
-    wanted = config.training.num_train_steps
-    if left is None:
-        return wanted
-    total = step + left
-    return total if wanted is None else max(step, min(total, wanted))
+    training = config.training
+    return training.num_train_steps if left is None else training.last_step(step, left)
 
 
 def _warm_start(config: RecapConfig, state: dict[str, Any], log: MetricLog) -> None:
