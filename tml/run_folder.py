@@ -36,6 +36,13 @@ _locks: dict[Path, TextIO] = {}
 """Kept open until this process ends: the lock ends with it, however it ends."""
 
 
+def starts_anew(save_dir: Path, *, overwrite: bool, repeat: bool) -> bool:
+    """Whether a run with these flags goes on from nothing that is in save_dir."""
+    if overwrite or not checkpoint.complete_steps(save_dir):
+        return True
+    return repeat and is_finished(save_dir)
+
+
 def make_room(
     save_dir: Path, extra: Collection[str], *, overwrite: bool = False, repeat: bool = False
 ) -> None:

@@ -123,7 +123,8 @@ def run(
 
         # Run folder.
         if job.is_chief:
-            if config.warm_start is not None and _starts_anew(save_dir, overwrite, repeat):
+            anew = run_folder.starts_anew(save_dir, overwrite=overwrite, repeat=repeat)
+            if config.warm_start is not None and anew:
                 warm_start.check(config.warm_start, config.model, save_dir)
             run_folder.make_room(save_dir, RUN_FILES, overwrite=overwrite, repeat=repeat)
         distributed.barrier()
@@ -307,13 +308,6 @@ def _validate(
     # A grouped pass of training asks for one side: its losses are those of half an edge.
     num_passes = 2 if config.train_data.grouped and data.asks == "both" else 1
     return {"loss": float(distributed.all_reduce_sum(sums)) / num_edges / num_passes}
-
-
-def _starts_anew(save_dir: Path, overwrite: bool, repeat: bool) -> bool:
-    """Whether nothing that is in save_dir is gone on from."""
-    if overwrite or not checkpoint.complete_steps(save_dir):
-        return True
-    return repeat and run_folder.is_finished(save_dir)
 
 
 def _initialise(

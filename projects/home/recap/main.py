@@ -96,9 +96,8 @@ def run(
 
         # Run folder. What can be wrong with a new run is found before an earlier one is removed.
         log = MetricLog(save_dir, job.rank)
-        repeats = repeat and run_folder.is_finished(save_dir)
-        starts_anew = overwrite or repeats or not checkpoint.complete_steps(save_dir)
-        if starts_anew and training.initial_checkpoint_dir is not None:
+        anew = run_folder.starts_anew(save_dir, overwrite=overwrite, repeat=repeat)
+        if anew and training.initial_checkpoint_dir is not None:
             _warm_start(config, model_state(model, tables), log)
         distributed.barrier()
         if job.is_chief:
