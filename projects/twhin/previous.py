@@ -1,13 +1,12 @@
 """An earlier run as a source of vectors: names, rows, accumulators and relations, from a step
 folder or from exported parquet files.
 
-`open_previous` takes a run folder (the step that validation chose, or else its newest), a step
+`open_previous` takes a run folder (the step that `best.choose_step` chooses, as for export), a step
 folder, or a folder of exported vectors. Names come from the exported `vectors/<table>.parquet` of
 the run, or else from the vocabulary that its config names, if that is still the one the run was
 made with.
 """
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from projects.twhin.best import choose_step
 from projects.twhin.config import BIAS, TwhinConfig
 from projects.twhin.exported import MATRICES, RELATIONS
 from projects.twhin.model import SINGULAR, weight_name
@@ -29,7 +29,6 @@ from tml import checkpoint
 from tml.config import ConfigError, load_config
 from tml.data.parquet import DataError
 from tml.machines import container
-from tml.run_folder import METRICS
 
 VECTORS = "vectors"
 INVERSE = ":inverse"
@@ -229,9 +228,9 @@ def open_previous(path: Path, given_as: str = "warm_start.previous") -> Previous
     """
     if not path.is_dir():
         raise ConfigError(f"{given_as}: there is no folder {path}{container.outside(path)}")
-    if steps := checkpoint.complete_steps(path):
-        best = _best_step(path)
-        return StepFolder(path / str(best if best in steps else steps[-1]))
+    if checkpoint.complete_steps(path):
+        step, _ = choose_step(path, None)
+        return StepFolder(path / str(step))
     if (path / checkpoint.META).is_file():
         return StepFolder(path)
     if any(p.stem not in (RELATIONS, MATRICES) and _has_vectors(p) for p in path.glob("*.parquet")):
@@ -241,15 +240,6 @@ def open_previous(path: Path, given_as: str = "warm_start.previous") -> Previous
         "folder, nor a folder of exported vectors as parquet (<table>.parquet; export.py "
         "--format parquet writes them)"
     )
-
-
-def _best_step(run: Path) -> int | None:
-    """The step that validation chose, where it did: the one that was exported."""
-    try:
-        found = json.loads((run / METRICS).read_text()).get("best_step")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, int) else None
 
 
 def _has_vectors(path: Path) -> bool:

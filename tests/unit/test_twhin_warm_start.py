@@ -17,11 +17,14 @@ from torch import Tensor
 
 from projects.twhin import warm_start
 from projects.twhin.anchors import FOLDER, Anchors, map_rows
+from projects.twhin.best import Goal, describe, write_best
 from projects.twhin.config import TwhinConfig
 from projects.twhin.data import EdgeLayout, to_batch
+from projects.twhin.export import resolve_run
 from projects.twhin.model import TwhinModel, build_relation_optimizer, table_specs
+from projects.twhin.previous import open_previous
 from projects.twhin.run import run
-from tml import checkpoint
+from tml import checkpoint, run_folder
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError, build_config, to_yaml
 from tml.data.parquet import DataError
@@ -418,6 +421,18 @@ def test_tables_are_chosen_by_name(old: Path, graph: Path, tmp_path: Path) -> No
     assert list(report["tables"]) == ["item"]
     spec = table_specs(new_config(graph, old).model)[0]
     assert state["tables.user.weight"].equal(NormalRows(1, 0, spec)(0, spec.num_rows))
+
+
+def test_a_run_stands_for_the_step_that_is_exported_of_it(old_graph: Path, tmp_path: Path) -> None:
+    training = {"num_epochs": 2, "checkpoint_every_n": 4}
+    run(old_config(old_graph, training=training), tmp_path / "run")
+    assert checkpoint.complete_steps(tmp_path / "run") == [4, 8]
+    run_folder.write_json(tmp_path / "run" / "metrics.json", {"step": 8, "best_step": 8})
+    for split, step in (("validation", 4), ("test", 8)):  # by test no step is chosen unasked
+        write_best(tmp_path / "run", describe(4, split, Goal(), 0.5))
+        folder, _ = resolve_run(tmp_path / "run", None)
+        assert folder == tmp_path / "run" / str(step)
+        assert open_previous(tmp_path / "run").folder == folder
 
 
 def test_a_row_of_the_file_is_not_written_through(tmp_path: Path) -> None:
