@@ -443,7 +443,14 @@ class TwhinConfig(Config):
                 "it: --set evaluation.during_training=null"
             )
         data = self.train_data
-        by_turns = data.grouped and data.asks == "both" and during.every_n is None
+        by_turns = data.grouped and data.asks == "both"
+        if by_turns and during.every_n is not None:
+            raise ValueError(
+                "evaluation.during_training.every_n: with train_data.grouped a pass asks for one "
+                f"side, and every {during.every_n:,} steps would measure now after more of one side"
+                " and now after more of the other; give every_n_epochs in place of every_n, 2 or a "
+                "multiple"
+            )
         if by_turns and (passes := during.every_n_epochs or 1) % 2:
             raise ValueError(
                 "evaluation.during_training.every_n_epochs: with train_data.grouped a pass asks "

@@ -35,7 +35,9 @@ class DuringTrainingConfig(Config):
     a multiple of 2.
     """
     every_n: PositiveInt | None = None
-    """Training steps between validations."""
+    """Training steps between validations. Not where train_data.grouped asks for the two sides by
+    turns.
+    """
     metric: str = "mrr"
     """What the best step and early stopping go by: mrr, hits@1, hits@3, hits@10, or one of
     evaluation.retrieval: recall@K, ndcg@K, hit@K. It alone is measured, and what comes with it.

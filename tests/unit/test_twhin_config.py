@@ -205,9 +205,15 @@ def test_passes_by_turns_are_measured_after_both_sides() -> None:
         assert "make every_n_epochs 2 or a multiple" in message
         one_side = {**tree, "train_data": {**tree["train_data"], "asks": "rhs"}}
         build_config(TwhinConfig, one_side, "test")
-    for during in ({"every_n_epochs": 2}, {"every_n_epochs": 4}, {"every_n": 3}):
+    for during in ({"every_n_epochs": 2}, {"every_n_epochs": 4}):
         tree["evaluation"] = {"during_training": during}
         build_config(TwhinConfig, tree, "test")
+    tree["evaluation"] = {"during_training": {"every_n": 3}}  # a pass's steps are not known here
+    message = refusal(tree)
+    assert "every_n: with train_data.grouped a pass asks for one side, and every 3 ste" in message
+    assert "give every_n_epochs in place of every_n, 2 or a multiple" in message
+    tree["train_data"]["asks"] = "rhs"
+    build_config(TwhinConfig, tree, "test")
 
 
 def test_ranking_during_training_without_validation_data_names_both_remedies() -> None:
