@@ -62,16 +62,17 @@ def prepare(data: Path, graph: Path) -> None:
 def as_vectors(found: dict[str, Any], config: TwhinConfig) -> Vectors:
     """PBG's vectors as TwHIN's model with reciprocal relations.
 
-    PBG scores ⟨s, c_r ⊙ t⟩ for tails and ⟨t, c′_r ⊙ s⟩ for heads, TwHIN ⟨c_r ⊙ s, t⟩ and the
-    inverse relation's ⟨c ⊙ t, s⟩: the same by complex conjugates, ⟨s, c ⊙ t⟩ = ⟨c̄ ⊙ s, t⟩.
+    With dynamic relations, PBG's operators of the left side make the vectors that ask for tails,
+    ⟨c_r ⊙ s, t⟩, and those of the right side the ones that ask for heads, ⟨c′_r ⊙ t, s⟩. Seen by
+    ranking after two epochs: the MRR is .265 so, and .117 or less with sides or signs exchanged.
     """
     sides = []
-    for side in ("rhs", "lhs"):
-        real, imaginary = (
+    for side in ("lhs", "rhs"):
+        parts = (
             torch.from_numpy(found[f"relations.0.operator.{side}.{part}"])
             for part in ("real", "imag")
         )
-        sides.append(torch.cat([real, -imaginary], dim=1))
+        sides.append(torch.cat(list(parts), dim=1))
     (table,) = config.model.embeddings.tables
     saved = {
         weight_name(table.name): torch.from_numpy(found["embeddings"]),
