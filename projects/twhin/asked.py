@@ -1,5 +1,6 @@
-"""What a 1-vs-all batch asks, looked up without doubles: the rows of its distinct questions, and
-for penalties those of their distinct answers, beside the whole tables that hold the candidates.
+"""What a 1-vs-all batch asks, looked up without doubles: the rows of its distinct questions, and,
+for penalties and relation prediction, those of their distinct answers, beside the whole tables that
+hold the candidates.
 
 The loss is that of the batch's edges, exactly: `one_vs_all` weighs questions by their edges, the
 penalties here weigh vectors by them. Only dropout is another: edges of one question share its mask.
@@ -17,6 +18,7 @@ from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.one_vs_all import Answers, Questions
 from projects.twhin.operators import Operators
 from projects.twhin.penalties import power_sum
+from projects.twhin.relation_prediction import Pair, RelationPrediction
 from projects.twhin.scoring import Entities, Scoring
 
 
@@ -31,6 +33,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The n edges one by one, in the order of the batch."""
+
+    pair: Pair
+    relation: Tensor  # (n,)
+    asking: Tensor  # (n,) which of the asking rows
+    answering: Tensor  # (n,) which of the answering rows
+    weight: Tensor | None  # (n,)
+
+
+@dataclass(frozen=True)
 class Asked:
     """One side of a group that is asked for."""
 
@@ -41,23 +54,44 @@ class Asked:
     """The answers' rows; None where nothing needs them."""
     answer_table: str
     answers: Answers
+    joined: Joined | None = None
+    """None where the edges' relations are not predicted."""
 
 
 def read_questions(
-    batch: EdgeBatch, weights: Tensor | None, operators: Operators, *, penalised: bool
+    batch: EdgeBatch,
+    weights: Tensor | None,
+    operators: Operators,
+    prediction: RelationPrediction | None = None,
+    *,
+    penalised: bool,
 ) -> list[Asked]:
     """The questions of each group and side that is asked for. weights (R,): what an edge of a
     relation counts in the loss; None: 1.
     """
     return [
-        _read_side(group, side, weights, operators, penalised=penalised)
+        _read_side(
+            group,
+            side,
+            weights,
+            operators,
+            penalised=penalised,
+            predicted=prediction is not None
+            and prediction.is_asked((group.lhs_table, group.rhs_table), side, batch.sides),
+        )
         for group in batch.groups
         for side in batch.sides
     ]
 
 
 def _read_side(
-    group: Group, side: Side, weights: Tensor | None, operators: Operators, *, penalised: bool
+    group: Group,
+    side: Side,
+    weights: Tensor | None,
+    operators: Operators,
+    *,
+    penalised: bool,
+    predicted: bool,
 ) -> Asked:
     asking_table, asking, answer_table, answer = (
         (group.rhs_table, group.rhs, group.lhs_table, group.lhs)
@@ -66,18 +100,22 @@ def _read_side(
     )
     questions = one_vs_all.distinct(asking, group.relation)
     weight = None if weights is None else weights[group.relation]
-    answering = None
-    if penalised:
+    answering, joined = None, None
+    if penalised or predicted:
         # Vectors of complex relations are other numbers than those of real ones.
         kinds = operators.is_complex(group.relation).long()
         distinct = one_vs_all.distinct(answer, kinds)
         answering = _rows(answer_table, answer, group.relation, distinct)
+        if predicted:
+            pair = (group.lhs_table, group.rhs_table)
+            joined = Joined(pair, group.relation, questions.number, distinct.number, weight)
     return Asked(
         side,
         _rows(asking_table, asking, group.relation, questions),
         answering,
         answer_table,
         one_vs_all.sort_answers(questions, answer, weight),
+        joined,
     )
 
 

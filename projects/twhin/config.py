@@ -13,8 +13,9 @@ from pydantic import model_validator as validator
 from projects.twhin.comparators import Comparator
 from projects.twhin.evaluation_config import EvaluationConfig
 from projects.twhin.exported import refuse_table_names
-from projects.twhin.operators import Operator
+from projects.twhin.operators import LINEAR_PART_IS_IDENTITY, Operator
 from projects.twhin.planted import PlantedConfig
+from projects.twhin.relation_prediction import BY_DOT, not_predicted
 from projects.twhin.scoring import moves_to_the_query
 from projects.twhin.warm_start_config import WarmStartConfig
 from tml import train
@@ -152,6 +153,10 @@ class SoftmaxConfig(Config):
     that the sum over negatives estimates that over all entities without bias; needs
     global_negatives alone.
     """
+    relation_weight: NonNegativeFloat = 0.0
+    """λ of relation prediction (arXiv 2110.02834): each edge also adds λ times the cross-entropy of
+    its relation among all that join the same two tables, its entities being given.
+    """
 
 
 class LogisticConfig(Config):
@@ -248,6 +253,7 @@ class ModelConfig(Config):
                         f"{table!r}; there are {', '.join(tables)}"
                     )
         self._check_operators()
+        self._check_relation_weight()
         if self.translation_optimizer.kind == "rowwise_adagrad":
             raise ValueError("translation_optimizer: rowwise_adagrad is for tables; use adagrad")
         return self
@@ -261,6 +267,20 @@ class ModelConfig(Config):
         operators = [relation.operator for relation in self.relations]
         by_product = self.reciprocal or moves_to_the_query(self.comparator, operators)
         return known and (by_product or asks == "rhs")
+
+    def _check_relation_weight(self) -> None:
+        if self.loss.softmax is None or not self.loss.softmax.relation_weight:
+            return
+        if (index := not_predicted(self.relations, self.comparator)) is None:
+            return
+        relation = self.relations[index]
+        raise ValueError(
+            "loss.softmax.relation_weight: relations are predicted with the comparator dot and the "
+            f"operators {', '.join(BY_DOT)}, or with l2 and squared_l2 and the operators "
+            f"{', '.join(LINEAR_PART_IS_IDENTITY)}; relation {relation.name!r} has "
+            f"{relation.operator} with {self.comparator}; change these, or leave relation_weight "
+            "out"
+        )
 
     def _check_operators(self) -> None:
         dim = self.embeddings.tables[0].embedding_dim

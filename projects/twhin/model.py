@@ -26,6 +26,7 @@ from projects.twhin.asked import (
 from projects.twhin.config import BIAS, SIDES, DataConfig, LossConfig, ModelConfig, Side
 from projects.twhin.data import EdgeBatch, Group
 from projects.twhin.operators import Operators, modulus
+from projects.twhin.relation_prediction import Ends, RelationPrediction
 from projects.twhin.scoring import Entities, Queries, Scoring, chunked
 from tml import losses
 from tml.distributed import Job
@@ -86,6 +87,7 @@ class TwhinModel(nn.Module):
         self._weighted = bool((weights != 1).any())
         self._config = config
         self._scoring = build_scoring(config, self.operators)
+        self._prediction = build_prediction(config, self.operators)
         self._amp = amp
         self.anchors: Anchors | None = None
         """Previous vectors, after a warm start with pull or freeze."""
@@ -130,6 +132,10 @@ class TwhinModel(nn.Module):
             with torch.autocast(device.type, torch.bfloat16, enabled=self._amp):
                 vectors = EdgeVectors(*found)
                 total = total + self._loss(group, vectors, everyone, data, batch.sides, share)
+                if self._prediction is not None:
+                    total = total + share * self._predict(
+                        self._prediction, group, vectors, batch.sides
+                    )
             if torch.is_grad_enabled():
                 lhs, rhs = vectors.lhs.vectors, vectors.rhs.vectors
                 total = total + share * self._penalty(group, lhs, rhs, batch.sides)
@@ -160,7 +166,11 @@ class TwhinModel(nn.Module):
         penalised = torch.is_grad_enabled() and bool(settings.l2 or settings.n3)
         weights = self.get_buffer("weights")
         asked = read_questions(
-            batch, weights if self._weighted else None, self.operators, penalised=penalised
+            batch,
+            weights if self._weighted else None,
+            self.operators,
+            self._prediction,
+            penalised=penalised,
         )
         whole, rows = {}, {}
         answering_tables = {one.answer_table for one in asked}
@@ -187,7 +197,17 @@ class TwhinModel(nn.Module):
                     config.loss,
                     share if counts_positive else 0.0,
                 )
-            if answering is not None:
+                if self._prediction is not None and (joined := one.joined) is not None:
+                    assert answering is not None
+                    total = total + share * self._prediction.loss(
+                        joined.pair,
+                        one.side,
+                        joined.relation,
+                        Ends(asking.vectors, joined.asking),
+                        Ends(answering.vectors, joined.answering),
+                        joined.weight,
+                    )
+            if penalised and answering is not None:
                 of_side = 1.0 if config.reciprocal else share / len(batch.sides)
                 total = total + of_side * side_penalty(
                     one, asking.vectors, answering.vectors, self.operators, config
@@ -235,6 +255,27 @@ class TwhinModel(nn.Module):
         else:
             scores = score_group(group, vectors, scoring, data, sides)
         return group_loss(scores, config, weight, share)
+
+    def _predict(
+        self,
+        prediction: RelationPrediction,
+        group: Group,
+        vectors: "EdgeVectors",
+        sides: tuple[Side, ...],
+    ) -> Tensor:
+        """The loss of the relations of a group's edges, their entities being given."""
+        weight = self.get_buffer("weights")[group.relation] if self._weighted else None
+        pair = (group.lhs_table, group.rhs_table)
+        ends = {"lhs": Ends(vectors.lhs.vectors), "rhs": Ends(vectors.rhs.vectors)}
+        total = torch.zeros((), device=group.relation.device)
+        for side in sides:
+            if prediction.is_asked(pair, side, sides):
+                asking, answering = ends["rhs" if side == "lhs" else "lhs"], ends[side]
+                written = self.writes_gradients
+                total = total + prediction.loss(
+                    pair, side, group.relation, asking, answering, weight, written=written
+                )
+        return total
 
     def _look_up(self, batch: EdgeBatch) -> dict[str, Tensor]:
         """Table → rows of all lookups of the batch."""
@@ -374,6 +415,21 @@ def seed_dropout(seed: int, step: int, job: Job) -> None:
 def build_scoring(config: ModelConfig, operators: Operators) -> Scoring:
     """What scores the edges."""
     return Scoring(config.relations, operators, config.comparator, reciprocal=config.reciprocal)
+
+
+def build_prediction(config: ModelConfig, operators: Operators) -> RelationPrediction | None:
+    """What predicts the edges' relations; None where nothing asks for it."""
+    softmax = config.loss.softmax
+    if softmax is None or not softmax.relation_weight:
+        return None
+    return RelationPrediction(
+        config.relations,
+        operators,
+        config.comparator,
+        weight=softmax.relation_weight,
+        temperature=softmax.temperature,
+        reciprocal=config.reciprocal,
+    )
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class _OneVsAll(Written):
         counts.index_add_(0, answers.question, answers.weight)
         d_extra = None if extra is None else torch.empty_like(extra)
         d_biases = None if biases is None else torch.zeros_like(biases)
-        total = queries.new_zeros((), dtype=torch.float32)
+        total = wide(queries.new_zeros(()))
         for rows, own in _blocks(answers, len(queries), len(everyone)):
             scores = products.scores(rows)
             if biases is not None:
