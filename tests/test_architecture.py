@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = (
-    ("machines", "logs"),
+    ("machines", "logs", "layout", "verbs"),
     ("config",),
     ("docker",),
     (

@@ -10,16 +10,6 @@
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd -P)
 verbs=(prepare evaluate export neighbors drift mixtures)
-
-# One line: the verb that was not found, the nearest one, and all.
-refuse_verb() {
-  local nearest listed
-  nearest=$(python -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' "$1" "${verbs[@]}")
-  listed=$(printf ', %s' "${verbs[@]}")
-  echo "error: there is no verb '$1'; ${nearest:+did you mean $nearest? }verbs: ${listed:2}; flags alone train" >&2
-  exit 2
-}
-
 case "${1:-}" in
   prepare | evaluate | export | neighbors | drift | mixtures)
     program=$1
@@ -43,7 +33,7 @@ END
     fi
     ;;
   -*) ;;
-  *) (($#)) && refuse_verb "$1" ;;
+  *) (($#)) && exec python -m tml.verbs "$1" "${verbs[@]}" ;;
 esac
 (($#)) || set -- --repeat
 launch=(python -m tml.torchrun)

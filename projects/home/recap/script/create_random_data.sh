@@ -16,7 +16,9 @@ python -m tml.machines.is_venv || {
 }
 
 folder="$HOME/tmp/recap_local_random_data"
-rm -rf "$folder"
-mkdir -p "$folder"
+if [[ " $* " != *" -h "* && " $* " != *" --help "* ]]; then # who only asks keeps his data
+  rm -rf "$folder"
+  mkdir -p "$folder"
+fi
 exec python "$TML_BASE/projects/home/recap/data/generate_random_data.py" \
   --config_path "$TML_BASE/projects/home/recap/config/local_prod.yaml" "$@"

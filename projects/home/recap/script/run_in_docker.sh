@@ -6,11 +6,13 @@
 #   run_in_docker.sh [FLAGS of projects/home/recap/main.py]      flags given here win over those below
 #   run_in_docker.sh create_random_data|run_local [FLAGS]        those scripts
 #   run_in_docker.sh generate_random_data|prepare|evaluate|predict|export [FLAGS]      that program
+#   run_in_docker.sh --help                            these verbs, then the flags of projects/home/recap/main.py
 #
 # SPEC_TYPE says the role: chief and worker train, under torchrun; datasetworker and evaluator are one process.
 # exec, so that a signal to the container reaches torchrun, which passes it to its ranks.
 base=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd -P)
 recap="$base/projects/home/recap"
+verbs=(create_random_data run_local generate_random_data prepare evaluate predict export)
 case "${1:-}" in
   create_random_data | run_local)
     script=$1
@@ -26,6 +28,25 @@ case "${1:-}" in
     shift
     exec python "$recap/data/generate_random_data.py" "$@"
     ;;
+  -h | --help)
+    if (($# == 1)); then
+      cat <<'END'
+The first word may be a verb, which has a --help of its own:
+  create_random_data    random data of the published shape, made anew
+  run_local             the published configuration in a fresh run folder
+  generate_random_data  random data for any configuration
+  prepare               from CSV, TSV or parquet, the files that training reads
+  evaluate              measure a run on held-out rows
+  predict               probabilities of rows by a run
+  export                write the model of a run for serving
+Flags alone train:
+
+END
+      exec python "$recap/main.py" --help
+    fi
+    ;;
+  -*) ;;
+  *) (($#)) && exec python -m tml.verbs "$1" "${verbs[@]}" ;;
 esac
 role=${SPEC_TYPE:-chief}
 (($#)) || set -- --repeat

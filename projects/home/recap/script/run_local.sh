@@ -11,8 +11,10 @@ fi
 TML_BASE=$(git -C "$base" rev-parse --show-toplevel 2>/dev/null || echo "$base")
 export TML_BASE
 save_dir="$HOME/tmp/runs/recap_local_debug"
-rm -rf "$save_dir"
-mkdir -p "$save_dir"
+if [[ " $* " != *" -h "* && " $* " != *" --help "* ]]; then # who only asks keeps his run
+  rm -rf "$save_dir"
+  mkdir -p "$save_dir"
+fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 # The same program as torchrun, less the traceback with which it ends when it is stopped.
 exec python -m tml.torchrun --standalone --nnodes 1 --nproc_per_node 1 "$TML_BASE/projects/home/recap/main.py" \
