@@ -301,16 +301,6 @@ CASES: dict[str, tuple[Ended, str, str]] = {
         "No module named 'pyarrow'",
         "python -m tml.docker build",
     ),
-    "a mistake in the settings": (
-        ended("error: x.y: 3: expected 4 or more", exit_code=2),
-        "exit code 2: x.y: 3: expected 4 or more",
-        "mend what that line names",
-    ),
-    "a mistake in the settings, under torchrun": (
-        ended("error: x.y: 3: expected 4 or more", PEER, *torchrun(2, "")),
-        "exit code 1: x.y: 3: expected 4 or more",
-        "mend what that line names",
-    ),
     "a crash in compiled code": (
         ended(PEER, *torchrun(-11, "(SIGSEGV)")),
         "a process in it got SIGSEGV",
@@ -393,19 +383,41 @@ def test_twenty_lines_are_shown_and_the_file_has_the_others() -> None:
     assert told.endswith("all of its output: /runs/logs/job/chief.log")
 
 
-def test_a_message_of_several_lines_is_joined_and_not_repeated() -> None:
+def test_a_message_of_several_lines_is_joined_in_the_cause_and_said_once() -> None:
     message = ("error: config /c/local.yaml:", "  training.x: Extra inputs", "  model.y: too small")
     told = explain_failure([ended("reading", *message, exit_code=2)], "/logs")
     assert told.cause == (
         "tml-twhin-1a2b ended with exit code 2: config /c/local.yaml: training.x: Extra inputs "
         "model.y: too small"
     )
-    assert told.text.count("Extra inputs") == 1
-    assert "last lines" not in told.text
-    assert "exit code" not in told.text.partition("\n")[2]
-    assert "what to do: mend what that line names" in told.text
+    # The output ends with the message: below it stands one short line.
+    assert told.text == "tml-twhin-1a2b ended with exit code 2"
     ranks = [f"[rank1]: {line}" for line in message]
-    assert explain_failure([ended(*ranks, exit_code=2)], None).cause == told.cause
+    assert explain_failure([ended(*ranks, exit_code=2)], None) == told
+
+
+@pytest.mark.parametrize(
+    "message", ["error: x.y: 3: expected 4 or more", "run.py: error: unrecognized arguments: --x"]
+)
+def test_a_programs_own_error_is_not_said_again(message: str) -> None:
+    told = explain_failure([ended("usage: run.py [-h]", message, exit_code=2)], "/logs")
+    assert told.cause.endswith(f"exit code 2: {message.partition('error: ')[2]}")
+    assert told.text == "tml-twhin-1a2b ended with exit code 2"
+    # Also where torchrun's own words, which nobody needs, stand behind it.
+    told = explain_failure([ended(message, PEER, *torchrun(2, ""))], "/logs")
+    assert told.cause.endswith(f"exit code 1: {message.partition('error: ')[2]}")
+    assert "what to do" not in told.text
+
+
+def test_a_programs_own_error_names_the_container_among_several() -> None:
+    refused = ended("error: x.y: 3: expected 4 or more", exit_code=2)
+    told = explain_failure([refused, worker(1, PEER, exit_code=3)], "/logs")
+    assert told.text.splitlines() == [
+        "chief ended with exit code 2: x.y: 3: expected 4 or more",
+        "  chief     exit code 2, the first to fail",
+        "  worker-1  exit code 3, lost another container",
+        "  all of its output: /logs/chief.log",
+    ]
 
 
 def test_what_was_said_after_a_message_is_shown() -> None:

@@ -48,7 +48,8 @@ _ROOT_RANK = re.compile(r"\s*rank\s*: (\d+) ")
 _ROOT_CODE = re.compile(r"\s*exitcode\s*: (-?\d+) ")
 _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt|Expired))\b:?")
-_OWN_ERROR = re.compile(r"^error: (.+)")
+_OWN_ERROR = re.compile(r"^(?:[\w-]+\.py: )?error: (.+)")
+"""As tml.program.fail says it; argparse puts the program's name before."""
 _PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote worker crash"
     r"|NCCL.*remote (process|error)|recvValue failed|Timed out waiting .* for (recv|send)"

@@ -23,7 +23,9 @@ from tml.docker.plan import CHECKOUT, DATA, IMAGES, PIDS_LIMIT, Plan
 
 @dataclass(frozen=True)
 class Finding:
-    """What was recognized, to stand behind how the container ended, and what to do about it."""
+    """What was recognized, to stand behind how the container ended, and what to do about it; a
+    remedy of "": `what` says it, or nothing is known.
+    """
 
     what: str
     remedy: str
@@ -299,7 +301,7 @@ def _refused_by_program(ended: Ended, lines: list[str]) -> Finding | None:
     message = own_error(lines)
     if message is None or ended.exit_code not in (1, 2):
         return None
-    return Finding(message, "mend what that line names, and start the same command again")
+    return Finding(message, "")
 
 
 def _killed(ended: Ended, lines: list[str]) -> Finding | None:

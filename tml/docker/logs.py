@@ -87,9 +87,11 @@ def _say_failure(job: Job) -> None:
     """Of a job that has failed, why."""
     record = records.read(job.name, job.run_id) if job.record else None
     if record and record.state == "ended" and record.exit_code:
-        why = f": {record.cause}" if record.cause else ""
+        first, *more = (record.post_mortem or record.cause or "").splitlines() or [""]
+        # A program that refused to go on has said why: the post-mortem leaves that out.
+        why = f": {record.cause}" if first and first == record.cause else ""
         terminal.say(f"tml: {job.name} ended with exit status {record.exit_code}{why}")
-        for line in (record.post_mortem or "").splitlines()[1:]:
+        for line in more:
             terminal.say(f"tml: {line}")
 
 

@@ -32,7 +32,9 @@ WIDTH = 96
 
 @dataclass(frozen=True, kw_only=True)
 class PostMortem:
-    """`cause` in one line; `text` begins with it and has the rest."""
+    """`cause` in one line. `text` is what is said below the container's output: the cause and the
+    rest; of a program that refused to go on only how it ended, since the output ends with the why.
+    """
 
     cause: str
     text: str
@@ -50,11 +52,13 @@ def explain_failure(ended: Sequence[Ended], logs: str | None) -> PostMortem:
     cause = shorten(cause, LONGEST_CAUSE)
     # Then the cause is all that there is to say, and it was the last thing that was seen.
     refused = bool(finding) and what == own_error(told) and ends_with_own_error(told)
-    lines = [cause, *(() if refused and len(ended) == 1 else _table(ended, culprit))]
+    if refused and len(ended) == 1:
+        return PostMortem(cause=cause, text=f"{_name(culprit, ended)} {how}")
+    lines = [cause, *_table(ended, culprit)]
     if told and not refused:
         lines += [f"  last lines of {_name(culprit, ended)}:"]
         lines += [f"    {shorten(line, 400)}" for line in told[-LINES_SHOWN:]]
-    if finding:
+    if finding and finding.remedy:
         lines += wrap(
             f"what to do: {finding.remedy}",
             WIDTH,
