@@ -401,8 +401,28 @@ def test_a_gang_as_json_hides_secrets() -> None:
         ((), "/home/me/tmp/runs/twhin"),
         (("--save_dir=/root/tmp/a",), "/home/me/tmp/a"),
         (("--save_dir", "/mnt/x/../x/b"), "/big/b"),
-        (("--save_dir=/nowhere",), "/home/me/tmp/runs/twhin"),
+        (("--save_dir=tml/runs",), "/home/me/tml/runs"),
     ],
 )
 def test_logs_are_kept_in_the_run_folder(args: tuple[str, ...], folder: str) -> None:
     assert up(args=args, mount=("/big:/mnt/x",)).logs == f"{folder}/logs/tml-twhin-1234"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--save_dir=/nowhere",), "mount one: --mount SRC:DST"),
+        (("--save_dir", "runs/x"), "give a folder below /root/tmp, which is ~/tmp here"),
+        (("--save_dir=/root/tmp/a", "--save_dir=/root/a"), "--save_dir /root/a lies inside"),
+        (("--save_dir=/home/me/tmp/a",), "--save_dir=/root/tmp/a is /home/me/tmp/a there"),
+        (("--save_dir=~/tmp/a",), "--save_dir=/root/tmp/a is /home/me/tmp/a there"),
+        (("--save_dir=/mnt/r/a",), "/mnt/r is mounted read-only"),
+    ],
+)
+def test_a_run_that_would_be_lost_with_its_container_is_refused(
+    args: tuple[str, ...], words: str
+) -> None:
+    for make in (plan, up):
+        with pytest.raises(UsageError, match="--save_dir") as refused:
+            make(args=args, mount=("/big:/mnt/r:ro",))
+        assert words in str(refused.value)

@@ -244,6 +244,7 @@ class Gang:
 def plan_run(request: Request, host: Host, project: Project, run_id: str) -> Plan:
     """The container that trains `project`: the contract of the design, as flags change it."""
     gpus = parse_gpus(request.gpus) if request.gpus is not None else None
+    refuse_lost_run(request.args, _mounts(request, host), host.home)
     plan = _plan(
         request,
         host,
@@ -348,17 +349,56 @@ def run_folder(args: Sequence[str], mounts: Sequence[Mount], home: Path, project
     """The run folder on the host: what --save_dir names in the container, as far as it is mounted,
     else ~/tmp/runs/<project>.
     """
-    inside = f"{RUNS}/runs/{project}"
+    inside = _normal(PurePosixPath(WORKDIR) / (_save_dir(args) or f"{RUNS}/runs/{project}"))
+    mount = _mount_of(inside, mounts)
+    if mount is None or mount.read_only:
+        return str(home / "tmp" / "runs" / project)
+    return mount.source + inside[len(mount.target) :]
+
+
+def refuse_lost_run(args: Sequence[str], mounts: Sequence[Mount], home: Path) -> None:
+    """An error where --save_dir names a folder that would go with the container, or that cannot be
+    written to.
+    """
+    given = _save_dir(args)
+    if given is None:
+        return
+    mount = _mount_of(_normal(PurePosixPath(WORKDIR) / given), mounts)
+    if mount is not None and mount.read_only:
+        raise UsageError(
+            f"--save_dir {given}: {mount.target} is mounted read-only; give a folder below {RUNS}, "
+            "which is ~/tmp here"
+        )
+    if mount is not None:
+        return
+    # Often a path of this machine, which the container has under another name.
+    here = f"{home}{given[1:]}" if given.startswith("~/") else given
+    writable = [m for m in mounts if not m.read_only and f"{here}/".startswith(f"{m.source}/")]
+    if writable:
+        meant = writable[0].target + here[len(writable[0].source) :]
+        remedy = f"--save_dir={meant} is {here} there"
+    else:
+        remedy = f"give a folder below {RUNS}, which is ~/tmp here, or mount one: --mount SRC:DST"
+    raise UsageError(
+        f"--save_dir {given} lies inside the container, and the run would be lost with it; {remedy}"
+    )
+
+
+def _save_dir(args: Sequence[str]) -> str | None:
+    """What --save_dir says; the last counts."""
+    given = None
     for number, arg in enumerate(args):
         if arg.startswith("--save_dir="):
-            inside = arg.partition("=")[2]
+            given = arg.partition("=")[2]
         elif arg == "--save_dir" and number + 1 < len(args):
-            inside = args[number + 1]
-    inside = _normal(PurePosixPath(WORKDIR) / inside)
-    for mount in sorted(mounts, key=lambda mount: len(mount.target), reverse=True):
-        if not mount.read_only and f"{inside}/".startswith(f"{mount.target}/"):
-            return mount.source + inside[len(mount.target) :]
-    return str(home / "tmp" / "runs" / project)
+            given = args[number + 1]
+    return given
+
+
+def _mount_of(inside: str, mounts: Sequence[Mount]) -> Mount | None:
+    """The mount that holds a path of the container."""
+    by_depth = sorted(mounts, key=lambda mount: len(mount.target), reverse=True)
+    return next((m for m in by_depth if f"{inside}/".startswith(f"{m.target}/")), None)
 
 
 def plan_shell(request: Request, host: Host, run_id: str, dev: bool = False) -> Plan:
