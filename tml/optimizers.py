@@ -2,7 +2,7 @@
 
 Which optimizer updates which parameter is decided where the parameter lives: embedding tables by
 their engine (`tml.embeddings`, fused into the backward pass), dense parameters by
-`build_dense_optimizer`.
+`build_dense_optimizer` (`tml.dense_optimizer`).
 """
 
 import logging
@@ -16,7 +16,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
+from tml import dense_optimizer
 from tml.config import Config, ConfigError
+from tml.dense_optimizer import DenseOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -181,17 +183,15 @@ class OptimizerConfig(Config):
 
 def build_dense_optimizer(
     config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """The torch optimizer of dense parameters; row-wise Adagrad exists for embedding tables
-    only.
-    """
+) -> DenseOptimizer:
+    """The optimizer of dense parameters; row-wise Adagrad exists for embedding tables only."""
     lr = config.learning_rate_at(0)
     settings = config.settings
     if isinstance(settings, Sgd):
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=settings.weight_decay)
+        return dense_optimizer.SGD(parameters, lr=lr, weight_decay=settings.weight_decay)
     if isinstance(settings, Adam):
         betas = (settings.beta_1, settings.beta_2)
-        return torch.optim.Adam(
+        return dense_optimizer.Adam(
             parameters,
             lr=lr,
             betas=betas,
@@ -202,7 +202,7 @@ def build_dense_optimizer(
         raise ValueError(
             "rowwise_adagrad is for embedding tables; use adagrad for dense parameters"
         )
-    return torch.optim.Adagrad(
+    return dense_optimizer.Adagrad(
         parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay
     )
 
@@ -261,25 +261,16 @@ def _short_ramp(total_steps: int) -> int:
 
 
 def dense_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+    optimizer: DenseOptimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """Saved name → state tensor of the named parameters: `<name>_accumulator` of Adagrad,
-    `<name>_m`, `_v` and `_step` of Adam; made where the optimizer has not made it yet, so that a
-    checkpoint can be read into it before the first step.
+    `<name>_m`, `_v` and `_step` of Adam. A checkpoint can be read into them.
     """
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        if isinstance(optimizer, torch.optim.Adam):
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            keys = {"m": "exp_avg", "v": "exp_avg_sq", "step": "step"}
-        else:
-            keys = {"accumulator": "sum"} if isinstance(optimizer, torch.optim.Adagrad) else {}
-        found |= {f"{name}_{suffix}": state[key] for suffix, key in keys.items()}
-    return found
+    return {
+        f"{name}_{suffix}": tensor
+        for name, parameter in parameters.items()
+        for suffix, tensor in optimizer.state_of(parameter).items()
+    }
 
 
 def is_optimizer_state(name: str) -> bool:
@@ -289,7 +280,6 @@ def is_optimizer_state(name: str) -> bool:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_learning_rate(optimizer: DenseOptimizer, lr: float) -> None:
+    """Set the learning rate of every parameter."""
+    optimizer.learning_rate = lr

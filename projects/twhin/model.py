@@ -29,6 +29,7 @@ from projects.twhin.operators import Operators, modulus
 from projects.twhin.relation_prediction import Ends, RelationPrediction
 from projects.twhin.scoring import Entities, Queries, Scoring, chunked
 from tml import losses
+from tml.dense_optimizer import DenseOptimizer
 from tml.distributed import Job
 from tml.embeddings import Tables, TableSpec
 from tml.optimizers import build_dense_optimizer, dense_state
@@ -396,7 +397,7 @@ def build_operators(config: ModelConfig, seed: int = 0) -> Operators:
 
 def build_relation_optimizer(
     config: ModelConfig, model: TwhinModel
-) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+) -> tuple[DenseOptimizer, dict[str, Tensor]]:
     """What updates the relations' parameters, and its state by saved names."""
     parameters = model.relation_parameters()
     optimizer = build_dense_optimizer(config.translation_optimizer, parameters.values())

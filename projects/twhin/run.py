@@ -193,7 +193,7 @@ def run(
             (loss_sum * (job.world_size / batch.num_edges_all)).backward()
             distributed.average_gradients(parameters.values())
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             if step == 0 or step == progress_at_start:
                 elapsed = run_folder.seconds_since_start()
                 log.say(f"first step done {elapsed:.1f} s after the process started")

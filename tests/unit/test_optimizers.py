@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tml.config import Config, ConfigError, build_config
+from tml.dense_optimizer import DenseOptimizer
 from tml.optimizers import (
     LearningRate,
     OptimizerConfig,
@@ -167,11 +168,11 @@ def test_rowwise_adagrad_is_refused_for_dense_parameters() -> None:
 def test_an_optimizer_goes_on_from_its_saved_state(kind: str, names: list[str]) -> None:
     config = OptimizerConfig.model_validate({kind: {"lr": 0.1}})
 
-    def start(value: torch.Tensor) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    def start(value: torch.Tensor) -> tuple[torch.nn.Parameter, DenseOptimizer]:
         parameter = torch.nn.Parameter(value.clone())
         return parameter, build_dense_optimizer(config, [parameter])
 
-    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, by: float) -> None:
+    def step(parameter: torch.nn.Parameter, optimizer: DenseOptimizer, by: float) -> None:
         parameter.grad = torch.tensor([by, -1.0])
         optimizer.step()
 
