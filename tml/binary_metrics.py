@@ -29,10 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
-from rich import box
-from rich.table import Table
+from rich.console import RenderableType
 from torch import Tensor
 
+from tml import layout
 from tml.config import ConfigError
 
 EPSILON = 1e-7  # probabilities are clamped to [EPSILON, 1 − EPSILON] before their logarithm
@@ -705,21 +705,17 @@ _SHOWN = {
 }
 
 
-def render(report: BinaryReport, title: str | None = None) -> Table:
+def render(report: BinaryReport, title: str | None = None) -> RenderableType:
     """A table of a row a task, its strata below it, for a terminal of 80 columns: the metrics that
     tell most; "–" for what cannot be said. Metrics that no task has are left out, and so is what
     the names of all tasks begin with.
     """
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
-    table.add_column("task", min_width=8, overflow="fold")
     present = [
         name
         for name in _SHOWN
         if any(name in v and not math.isnan(v[name]) for v in report.tasks.values())
     ]
-    for name in present:
-        table.add_column(_SHOWN[name][0], justify="right", no_wrap=True)
+    table = layout.table(["task"], [_SHOWN[name][0] for name in present])
     common = _common_words(list(report.tasks))
     for task, values in report.tasks.items():
         strata = report.strata.get(task, {})
@@ -728,7 +724,7 @@ def render(report: BinaryReport, title: str | None = None) -> Table:
             table.add_row(f"  {_shown_name(stratum)}", *_cells(own, present))
         if strata:
             table.add_section()
-    return table
+    return table if title is None else layout.titled(title, table)
 
 
 def _cells(values: Values, names: Sequence[str]) -> list[str]:

@@ -214,9 +214,9 @@ def _close_matches(exported: Exported, table: str, name: str) -> list[str]:
 
 def render(answer: Answer) -> Any:
     """What a person sees."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
+
+    from tml import layout
 
     entity, asked, how = answer["entity"], answer["asked"], answer["search"]
     named = entity["name"] if entity["name"] is not None else f"row {entity['id']}"
@@ -228,17 +228,15 @@ def render(answer: Answer) -> Any:
         caption += f", which finds {how['recall@10']:.1%} of the exact 10"
     if "seen" in asked:
         caption += f"; {asked['seen']:,} of training edges left out"
-    table = Table(
-        title=Text(title), caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("", justify="right")
-    table.add_column("id", justify="right")
+    table = layout.table()
+    for heading in ("", "id"):
+        table.add_column(heading, justify="right")
     table.add_column("name", overflow="fold")
     table.add_column("score", justify="right")
     for found in answer["neighbors"]:
         name = Text("" if found["name"] is None else found["name"])
         table.add_row(str(found["rank"]), str(found["id"]), name, f"{found['score']:.4f}")
-    return table
+    return layout.titled(title, table, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

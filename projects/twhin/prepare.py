@@ -42,8 +42,9 @@ import pyarrow.parquet as pq
 import yaml
 from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.text import Text
 
+from tml import layout
 from tml.config import ConfigError, read_yaml
 from tml.data.folders import new_folder
 from tml.machines import container
@@ -706,28 +707,24 @@ def _count_unseen(graph: Graph, columns: Columns, seen: Mapping[str, NDArray[np.
 def render(counts: dict[str, Any]) -> RenderableType:
     """Tables of the counts."""
     splits = list(counts["edges"])
-    edges = Table(title="edges", caption_justify="left")
-    edges.add_column("relation", overflow="fold")
-    for split in splits:
-        edges.add_column(split, justify="right", no_wrap=True)
+    edges = layout.table(["relation"], splits)
     edges.add_row("all", *(f"{counts['edges'][split]:,}" for split in splits), end_section=True)
     for name, row in list(counts["relations"].items())[:MAX_ROWS_SHOWN]:
         shown = name if len(name) <= MAX_NAME_SHOWN else "…" + name[1 - MAX_NAME_SHOWN :]
-        edges.add_row(shown, *(f"{row[split]:,}" for split in splits))
-    if (hidden := len(counts["relations"]) - MAX_ROWS_SHOWN) > 0:
-        edges.caption = f"… {hidden} more relations in counts.json"
-    entities = Table("type", title="entities")
-    for heading in ("entities", "unseen in train"):
-        entities.add_column(heading, justify="right")
+        edges.add_row(Text(shown), *(f"{row[split]:,}" for split in splits))
+    hidden = len(counts["relations"]) - MAX_ROWS_SHOWN
+    note = f"… {hidden} more relations in counts.json" if hidden > 0 else ""
+    entities = layout.table(["type"], ["entities", "unseen in train"])
     for kind, row in counts["entities"].items():
-        entities.add_row(kind, f"{row['all']:,}", f"{row['unseen_in_train']:,}")
+        entities.add_row(Text(kind), f"{row['all']:,}", f"{row['unseen_in_train']:,}")
     notes = [
         *_notes(counts["dropped"].get("other_relations", {}), "rows of relation {} dropped"),
         *_notes(counts["dropped"].get("duplicates", {}), "duplicates of {} dropped"),
         *_notes(counts["edges_with_unseen_entity"], "edges of {} have an entity unseen in train"),
         *_notes(counts["edges_also_in_train"], "edges of {} are in train too"),
     ]
-    return Group(edges, entities, *notes)
+    tables = (layout.titled("edges", edges, note), layout.titled("entities", entities))
+    return Group(*tables, *map(Text, notes))
 
 
 def _notes(numbers: Mapping[str, int], text: str) -> list[str]:

@@ -1,14 +1,14 @@
 """Reports of an evaluation as tables for a terminal of 80 columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from projects.twhin.link_prediction import HITS
 from projects.twhin.ranking import Report
+from tml import layout
 
 MAX_ROWS_SHOWN = 12  # relations in a terminal's table; a report has all of them
 MAX_NAME_SHOWN = 24  # characters of a relation there
@@ -38,9 +38,9 @@ def _notes(report: Report) -> Iterator[Text]:
         yield Text(f"{len(empty)} relation{'s' * (len(empty) > 1)} without an edge here: {names}")
 
 
-def _link_table(report: Report, optimum: Report | None) -> Table:
+def _link_table(report: Report, optimum: Report | None) -> RenderableType:
     headings = ["edges", "MRR", "heads", "tails", "MR", *(f"H@{k}" for k in HITS)]
-    table = _table("link prediction", report, headings + ["best", "ratio"] * bool(optimum))
+    table = layout.table(["relation"], headings + ["best", "ratio"] * bool(optimum))
     for name, row in _shown_rows(report):
         cells = [f"{row['edges']:,}"]
         if row["mean"]:
@@ -51,33 +51,26 @@ def _link_table(report: Report, optimum: Report | None) -> Table:
         if row["mean"] and best:
             best_mrr = best["mean"]["mrr"]
             cells += [short(best_mrr), f"{row['mean']['mrr'] / best_mrr:.1%}"]
-        table.add_row(_shown_name(name), *cells, end_section=name == "all")
-    return table
+        table.add_row(Text(_shown_name(name)), *cells, end_section=name == "all")
+    return _titled("link prediction", report, table)
 
 
-def _retrieval_table(report: Report) -> Table:
-    table = _table("retrieval", report, ["users", "K", "Recall@K", "NDCG@K", "Hit@K"])
+def _retrieval_table(report: Report) -> RenderableType:
+    table = layout.table(["relation"], ["users", "K", "Recall@K", "NDCG@K", "Hit@K"])
     for name, row in _shown_rows(report):
         values = row["mean"] if name == "all" else row
         cuts = [metric.partition("@")[2] for metric in values if metric.startswith("recall@")]
         for cut in cuts:
             cells = [short(values[f"{metric}@{cut}"]) for metric in ("recall", "ndcg", "hit")]
-            named = [_shown_name(name), f"{row['users']:,}"] if cut == cuts[0] else ["", ""]
+            named = [Text(_shown_name(name)), f"{row['users']:,}"] if cut == cuts[0] else ["", ""]
             table.add_row(*named, cut, *cells, end_section=name == "all" and cut == cuts[-1])
-    return table
+    return _titled("retrieval", report, table)
 
 
-def _table(title: str, report: Report, headings: Sequence[str]) -> Table:
-    """A table that fits into 80 columns."""
+def _titled(title: str, report: Report, table: Table) -> RenderableType:
     hidden = len(report["relations"]) - MAX_ROWS_SHOWN
-    note = f"\n… {hidden} more relations in metrics.json" if hidden > 0 else ""
-    caption = report["protocol"] + note
-    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
-    table.add_column("relation", min_width=8, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+    note = f"… {hidden} more relations in metrics.json" if hidden > 0 else ""
+    return layout.titled(title, table, report["protocol"], note)
 
 
 def _shown_name(name: str) -> str:

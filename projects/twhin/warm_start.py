@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from rich import box
-from rich.table import Table
+from rich.console import RenderableType
 from torch import Tensor
 
 from projects.twhin.anchors import FOLDER, Anchors, map_rows, path_of
@@ -29,7 +28,7 @@ from projects.twhin.operators import PARAMETERS
 from projects.twhin.previous import INVERSE, Previous, open_previous
 from projects.twhin.vocabulary import match, names_of
 from projects.twhin.warm_start_config import WarmStartConfig
-from tml import distributed, run_folder
+from tml import distributed, layout, run_folder
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError
 from tml.data.parquet import DataError
@@ -362,12 +361,9 @@ def _passing(folder: Path) -> Iterator[Path]:
 # What a person sees
 
 
-def _render(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.pad_edge, table.show_edge = False, False
-    table.add_column("table")
-    for heading in ("rows", "matched", "", "new", "from neighbors", "vanished", "optimizer"):
-        table.add_column(heading, justify="right")
+def _render(report: Report) -> RenderableType:
+    headings = ("rows", "matched", "", "new", "from neighbors", "vanished", "optimizer")
+    table = layout.table(["table"], headings)
     for name, row in report["tables"].items():
         table.add_row(
             name,
@@ -381,8 +377,7 @@ def _render(report: Report) -> Table:
         )
     found = report["relations"]
     words = [f"{len(found[key]):,} {key}" for key in ("matched", "new", "vanished") if found[key]]
-    table.caption, table.caption_justify = f"relations: {', '.join(words)}", "left"
-    return table
+    return layout.titled("warm start", table, f"relations: {', '.join(words)}")
 
 
 def read_report(save_dir: Path) -> Report | None:

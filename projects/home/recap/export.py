@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from projects.home.recap import serving
 from projects.home.recap.config import RecapConfig
@@ -40,7 +39,7 @@ from projects.home.recap.model.build import read_config, resolve_step
 from projects.home.recap.model.inference import tensors_of
 from projects.home.recap.model.model import RankingModel
 from projects.home.recap.serving import Arrays, Scorer
-from tml import binary_metrics, checkpoint, logs, program, run_folder
+from tml import binary_metrics, checkpoint, layout, logs, program, run_folder
 from tml.config import ConfigError
 from tml.data.parquet import DataError
 from tml.distributed import Job
@@ -451,9 +450,8 @@ def _row_numbers(spec: CategoricalSpec, name: str, place: Path, new: Path) -> di
 
 def show(measured: Sequence[Measured], own_speed: float, rows: Rows, console: Console) -> None:
     """Print what was measured."""
-    table = Table(title=f"{len(rows):,} rows of {rows.source}")
-    for heading in ("format", "MB", "max difference", "allowed", "examples/s, 1 thread"):
-        table.add_column(heading, justify="left" if heading == "format" else "right")
+    headings = ("MB", "max difference", "allowed", "examples/s, 1 thread")
+    table = layout.table(["format"], headings)
     table.add_row("model", "", "", "", f"{own_speed:,.0f}")
     for one in measured:
         table.add_row(
@@ -463,7 +461,7 @@ def show(measured: Sequence[Measured], own_speed: float, rows: Rows, console: Co
             f"{one.tolerance:g}",
             f"{one.examples_per_s:,.0f}",
         )
-    console.print(table)
+    console.print(layout.titled(f"{len(rows):,} rows of {rows.source}", table))
     for one in measured:
         for task, values in (one.auc or {}).items():
             before, after, cost = values["model"], values["int8"], values["cost"]

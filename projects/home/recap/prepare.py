@@ -31,7 +31,6 @@ import numpy as np
 import polars as pl
 import yaml
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 
 from projects.home.recap.preparation import encode
 from projects.home.recap.preparation.config import CategoricalConfig, LabelConfig, PrepareConfig
@@ -45,6 +44,7 @@ from projects.home.recap.preparation.tables import (
     need,
     read_tables,
 )
+from tml import layout
 from tml.config import ConfigError, load_config, to_yaml
 from tml.data.folders import new_folder
 from tml.data.parquet import DataError
@@ -265,14 +265,14 @@ def _shares(values: pl.Series, chosen: Mapping[str, pl.Series]) -> dict[str, flo
 def render(summary: Mapping[str, Any]) -> RenderableType:
     """The summary for people."""
     splits = list(summary["rows"])
-    rows = Table("", *splits, title="rows and positives")
+    rows = layout.table([""], splits)
     rows.add_row("rows", *(f"{summary['rows'][split]:,}" for split in splits))
     for task, counts in summary["positives"].items():
         shares = [
             f"{counts[split]:,} ({counts[split] / summary['rows'][split]:.2%})" for split in splits
         ]
         rows.add_row(task, *shares)
-    unknown = Table("feature", "values", *splits, title="share of unknown values")
+    unknown = layout.table(["feature"], ["values", *splits])
     sizes = {**summary["features"]["categorical"], **summary["features"]["bags"]}
     for name, shares_of in summary["unknown"].items():
         size = f"{sizes[name]:,}" if name in sizes else ""
@@ -282,7 +282,11 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         f"{numbers['continuous']} continuous, {numbers['binary']} binary, "
         f"{len(numbers['categorical'])} categorical features, {len(numbers['bags'])} bags"
     )
-    return Group(rows, unknown, text)
+    tables = (
+        layout.titled("rows and positives", rows),
+        layout.titled("share of unknown values", unknown),
+    )
+    return Group(*tables, text)
 
 
 def _parse_input(text: str) -> tuple[str, Path]:
