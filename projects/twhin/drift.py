@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ from projects.twhin.previous import open_previous
 from projects.twhin.quantize import refuse_not_finite
 from projects.twhin.vocabulary import match
 from projects.twhin.warm_start import read_report
-from tml import program
+from tml import layout, program
 from tml.config import ConfigError
 
 Report = dict[str, Any]
@@ -163,28 +162,32 @@ def _rotation(old: Tensor, new: Tensor) -> Report | None:
     }
 
 
-def render(report: Report) -> Table:
+def render(report: Report) -> RenderableType:
     """The table that a person sees."""
-    table = Table(title="drift", box=box.SIMPLE_HEAD, caption_justify="left")
-    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
     k = next((r["neighbors"]["k"] for r in report.values() if r["neighbors"]), K)
-    table.caption = f"cosine and distance of old and new vector; kept: of the {k} nearest"
-    table.add_column("table")
-    low, *_, median = PERCENTILES
-    headings = ("matched", "cosine", f"p{low}", f"p{median}", "old norm", "new", "distance", "kept")
-    for heading in (*headings, "rotation"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    low, *_, _ = PERCENTILES
+    headings = ["matched", "cosine\nmean", f"lowest\n{low}%", "median"]
+    headings += ["length\nold→new", "moved", "nearest\nkept", "turned"]
+    table = layout.table(["table"], headings)
     for name, row in report.items():
         cosine, norm = row["cosine"], row["norm"]
         table.add_row(
-            name,
+            Text(name),
             f"{row['matched']:,}",
-            *(f"{cosine[key]:.3f}" for key in ("mean", f"p{low}", f"p{median}")),
-            *(f"{value:.3g}" for value in (norm["old"], norm["new"], row["distance"])),
+            *(f"{cosine[key]:.3f}" for key in ("mean", f"p{low}", f"p{PERCENTILES[-1]}")),
+            f"{norm['old']:.3g}→{norm['new']:.3g}",
+            f"{row['distance']:.3g}",
             f"{row['neighbors']['kept']:.1%}" if row["neighbors"] else "–",
             f"{row['rotation']['share']:.1%}" if row["rotation"] else "–",
         )
-    return table
+    notes = (
+        f"cosine: of old and new vector; {low}% of the entities lie below lowest {low}%",
+        "length: mean length of the vectors; moved: mean distance from old to new",
+        f"nearest kept: how many of an entity's {k} nearest (by cosine) are the same",
+        "turned: share of moved² that one turn of all old vectors alike explains;\n"
+        "  such a turn changes no score between entities of the table",
+    )
+    return layout.titled("drift", table, *notes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from projects.twhin import drift
 
@@ -106,7 +107,12 @@ def test_the_program_matches_entities_by_name(
     assert report["user"]["matched"] == report["user"]["rows"] == 18
     assert report["user"]["distance"] == 0
     assert drift.main(arguments) == 0
-    assert "user" in capsys.readouterr().out
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    length = f"{rows[order].norm(dim=1).mean():.3g}"
+    assert shown[5] == [
+        *("user", "18", "1.000", "1.000", "1.000"),
+        *(f"{length}→{length}", "0", "100.0%", "0.0%"),
+    ]
     assert drift.main([f"--run={tmp_path}/new"]) == 2
     assert "was not started warm; name the earlier run with" in capsys.readouterr().err
     assert drift.main([f"--run={tmp_path}/new", f"--previous={tmp_path}/x"]) == 2
@@ -120,3 +126,18 @@ def test_the_program_matches_entities_by_name(
     write_vectors(tmp_path / "spoilt", names, rows)
     assert drift.main([f"--run={tmp_path}/new", f"--previous={tmp_path}/spoilt", "--json"]) == 2
     assert "table 'user', row 3: the vector holds nan" in capsys.readouterr().err
+
+
+def test_each_heading_is_explained_below_the_table_in_80_columns() -> None:
+    old = random_rows(300, 8)
+    row = {"matched": 123_456, **drift.measure(old, random_rows(300, 8, seed=1), k=3)}
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(drift.render({"user": row, "long_video": row}))
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert max(map(len, lines)) <= 80
+    table, notes = lines[:7], " ".join(lines[7:])
+    for words in ("lowest 1%", "length: mean", "moved:", "nearest kept:", "3 nearest", "turned:"):
+        assert words in notes
+    assert "123,456" in table[5]
+    assert table[6].startswith("long_video  ")  # not folded
