@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from projects.twhin.clusters import Clusters
 from projects.twhin.edges import Ids
 from projects.twhin.mixture_retrieval import NONE, found
-from tml import metrics
+from tml import layout, metrics
 
 Report = dict[str, Any]
 METRICS = ("recall", "ndcg", "hit", "distance", "clusters", "entropy")
@@ -98,42 +96,31 @@ def render(report: Report) -> RenderableType:
     settings = report["settings"]
     title = (
         f"{report['relation']}: {report['users']:,} users of {report['split']}; "
-        f"{settings['clusters']} clusters, {settings['modes']} modes, λ {settings['smoothing']:g} "
-        f"over {settings['neighbors']} users, blend {settings['blend']:g}"
+        f"{settings['clusters']:,} clusters, {settings['modes']} modes, "
+        f"{settings['neighbors']} neighbors, smoothing {settings['smoothing']:g}, "
+        f"blend {settings['blend']:g}"
     )
-    table = _table(title)
-    table.caption, table.caption_justify = report["protocol"], "left"
     headings = [*METRICS, "coverage"]
-    for heading in ("K", "", *headings):
-        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+    table = layout.table(["K", ""], headings)
     for k in report["k"]:
         for name in ("single", "mixture"):
             values = [report[name][f"{heading}@{k}"] for heading in headings]
             shown = str(k) if name == "single" else ""
             table.add_row(shown, name, *map(_short, values), end_section=name == "mixture")
-    return Group(*parts, table)
+    parts.append(layout.titled(title, table, report["protocol"]))
+    return Group(*parts)
 
 
-def _tuning_table(tuning: Report) -> Table:
-    title = f"tried on {tuning['users']:,} users: {tuning['on']}"
-    table = _table(title)
+def _tuning_table(tuning: Report) -> RenderableType:
     measured = [name for name in tuning["tried"][0] if name not in tuning["chosen"]]
-    for name in (*tuning["chosen"], *measured):
-        table.add_column(name, justify="right")
+    table = layout.table(right=[*tuning["chosen"], *measured])
     table.add_row("single", *[""] * (len(tuning["chosen"]) - 1), *_cells(tuning["single"]))
     for row in tuning["tried"]:
         is_chosen = all(row[name] == value for name, value in tuning["chosen"].items())
         settings = [f"{row[name]:g}" for name in tuning["chosen"]]
         values = _cells({name: row[name] for name in measured})
         table.add_row(*settings, *values, style="bold" if is_chosen else None)
-    return table
-
-
-def _table(title: str) -> Table:
-    """One that fits into 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.collapse_padding = True
-    return table
+    return layout.titled(f"tried on {tuning['users']:,} users: {tuning['on']}", table)
 
 
 def _cells(values: dict[str, float]) -> list[str]:

@@ -176,8 +176,8 @@ class Comparison:
 
 
 def neighbours_of(mixture: Mixture, users: Ids, settings: Settings) -> Ids:
-    """Whom a block of users is smoothed over. Where λ is 0, they are looked for for those alone who
-    have no edges of their own, whom they stand for.
+    """Whom a block of users is smoothed over. Where smoothing is 0, they are looked for for those
+    alone who have no edges of their own, whom they stand for.
     """
     if settings.smoothing > 0:
         return mixture.neighbours(users, settings.neighbors)

@@ -3,7 +3,7 @@
 A user's training edges of a relation are a distribution over items, p(j|u) = count(u, j) / n_u. It
 is smoothed with those of his nearest users by vector, as the paper does with counts over clusters:
 
-    q(j|u) = (1 − λ) p(j|u) + λ / |kNN(u)| · Σ_{v ∈ kNN(u)} p(j|v)
+    q(j|u) = (1 − s) p(j|u) + s / |kNN(u)| · Σ_{v ∈ kNN(u)} p(j|v)  s = `smoothing`
     q(c|u) = Σ_{j ∈ c} q(j|u)                                       the weight of mode c
     m(c, u) = Σ_{j ∈ c} q(j|u) θ_j / q(c|u)                         its centroid
 
@@ -22,8 +22,9 @@ centroid and the user's own query op_r(θ_u) = L_r θ_u + b_r:
 ranking. Under dot, ⟨b_r, θ_j⟩ is the same for all users, the item's bias in this relation; modes
 keep it. Elsewhere b_r carries users to where their items lie, and centroids lie there already.
 
-A user without training edges is his neighbours' mean whatever λ is; users without training edges
-are nobody's neighbours; a user with neither has one mode, his own query, of cluster −1.
+A user without training edges is his neighbours' mean whatever `smoothing` is; users without
+training edges are nobody's neighbours; a user with neither has one mode, his own query, of cluster
+−1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,7 @@ class Mixture:
     def modes(
         self, users: Ids, neighbours: Ids, *, smoothing: float, blend: float, num_modes: int
     ) -> Modes:
-        """The modes of `users` (B,), at least one, smoothed by λ = `smoothing` over `neighbours`
+        """The modes of `users` (B,), at least one, smoothed by `smoothing` over `neighbours`
         (B, k).
         """
         parts = [
