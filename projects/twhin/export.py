@@ -44,6 +44,7 @@ from projects.twhin.vector_files import (
 from projects.twhin.vocabulary import names_of, refuse_replaced
 from tml import checkpoint, program
 from tml.config import ConfigError, load_config
+from tml.layout import fold
 from tml.machines import environment
 
 COST = "quantization.json"
@@ -295,7 +296,7 @@ def _show(paths: Sequence[Path], *, as_json: bool) -> None:
         found = {"folder": str(paths[0].parent), "files": files, "indexes": indexes}
         print(json.dumps(found | {"quantization": costs}, indent=2))
         return
-    print(f"{paths[0].parent}: {', '.join(path.name for path in paths)}")
+    print(listed(paths))
     for index in indexes:
         if index["factory"] != "Flat":
             cells = "" if index["nprobe"] is None else f", {index['nprobe']} cells a query"
@@ -309,6 +310,11 @@ def _show(paths: Sequence[Path], *, as_json: bool) -> None:
         from projects.twhin import quantization_cost
 
         Console().print(quantization_cost.render(costs))
+
+
+def listed(paths: Sequence[Path]) -> str:
+    """Their folder, and below it their names, in lines for a terminal."""
+    return fold(f"{paths[0].parent}:\n  {', '.join(path.name for path in paths)}")
 
 
 def _is_ours(folder: Path) -> Callable[[Path], bool]:

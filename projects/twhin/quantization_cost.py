@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import box
+from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from projects.twhin.config import TwhinConfig
 from projects.twhin.evaluate import evaluate_split, read_splits
@@ -23,6 +22,7 @@ from projects.twhin.quantize import Quantised
 from projects.twhin.queries import normalised, similarity
 from projects.twhin.ranking import Report
 from projects.twhin.report import short
+from tml import layout
 from tml.data.parquet import DataError
 from tml.distributed import Job
 from tml.program import announce
@@ -164,17 +164,11 @@ def measure(
     return {**report, "kinds": kinds}
 
 
-def render(report: Report) -> Table:
+def render(report: Report) -> RenderableType:
     """What a person sees."""
-    where = report.get("split")
-    caption = f"{where}: {report['protocol']}" if where else report["unmeasured"]
-    caption = f"{caption}\nneighbours: {report['neighbours']}"
-    table = Table(title="quantised", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
     names = _shown(report.get("full") or {})
-    table.add_column("")
-    for heading in ("MiB", "saved", *names, "neighbours kept"):
-        table.add_column(heading, justify="right", no_wrap=heading != "neighbours kept")
+    table = layout.table([""], ["MiB", "saved", *names])
+    table.add_column("neighbours kept", justify="right", overflow="fold")
     kinds: Sequence[Report] = report["kinds"]
     if kinds:
         full = [short(report["full"][name]) for name in names]
@@ -185,9 +179,30 @@ def render(report: Report) -> Table:
             metric = kind["metrics"][name]
             cells.append(f"{short(metric['quantised'])}\n[dim]{_change(metric)}[/dim]")
         label = kind["kind"] + ("\n[dim]change[/dim]" if names else "")
-        kept = [f"{name} {t['neighbours_kept']:.1%}" for name, t in kind["tables"].items()]
+        kept = [_kept(name, kind["kind"], table) for name, table in kind["tables"].items()]
         table.add_row(label, *cells, escape("\n".join(kept)))
-    return table
+    where = report.get("split")
+    return layout.titled(
+        "quantised",
+        table,
+        f"{where}: {report['protocol']}" if where else report["unmeasured"],
+        f"neighbours: {report['neighbours']}",
+        _note_on_small(kinds),
+    )
+
+
+def _kept(name: str, kind: str, table: Report) -> str:
+    """`items 98.1%`; of a table that is in another kind than was asked for also in which."""
+    other = "" if table["kept_as"] == kind else f" (as {table['kept_as']})"
+    return f"{name}{other} {table['neighbours_kept']:.1%}"
+
+
+def _note_on_small(kinds: Sequence[Report]) -> str:
+    """Why tables are in another kind; "" where none is."""
+    for kind in kinds:
+        if any(table["kept_as"] != kind["kind"] for table in kind["tables"].values()):
+            return f"as fp16: too few rows for {kind['kind']} to take less than fp16 does"
+    return ""
 
 
 def _shown(full: Mapping[str, float]) -> list[str]:

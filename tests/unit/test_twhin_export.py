@@ -218,7 +218,8 @@ def test_the_change_stands_beneath_its_number_with_a_label() -> None:
             metric: {"full": value, "quantised": value * (1 + change), "lost": -value * change}
             for (metric, value), change in zip(full.items(), changes, strict=True)
         }
-        tables = {table: {"neighbours_kept": 0.5} for table in ("a[b]", "c", "d")}
+        kept_as = {"a[b]": name, "c": "fp16" if name == "pq" else name, "d": name}
+        tables = {t: {"kept_as": kept, "neighbours_kept": 0.5} for t, kept in kept_as.items()}
         sizes = {"bytes_before": 1 << 21, "bytes_after": 1 << 20, "saved": 0.5}
         return {"kind": name, **sizes, "tables": tables, "metrics": metrics}
 
@@ -227,16 +228,18 @@ def test_the_change_stands_beneath_its_number_with_a_label() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(quantization_cost.render({**report, "kinds": kinds}))
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[3:] == [
+    assert lines[4:] == [
         ["fp32", "2.00", ".0142", ".5000"],
         ["int8", "1.00", "50.0%", ".0142", ".5500", "a[b]", "50.0%"],
         ["change", "0.00%", "+10.00%", "c", "50.0%"],
         ["d", "50.0%"],
         ["pq", "1.00", "50.0%", ".0071", ".5000", "a[b]", "50.0%"],
-        ["change", "-50.00%", "0.00%", "c", "50.0%"],
+        # Said in its row: no small table is in another kind unnoticed.
+        ["change", "-50.00%", "0.00%", "c", "(as", "fp16)", "50.0%"],
         ["d", "50.0%"],
         ["test:", "p"],
         ["neighbours:", "n"],
+        "as fp16: too few rows for pq to take less than fp16 does".split(),
     ]
 
 
@@ -314,9 +317,11 @@ def test_the_runs_own_vectors_keep_their_parquet_and_can_be_started_from(
     run = ["--run", str(tmp_path / "run"), "--index", "none", "--format", "npy"]
     assert export.main(run) == 0
     folder = tmp_path / "run" / "vectors"
-    [shown] = capsys.readouterr().out.splitlines()
-    assert shown.startswith(f"{folder}: ")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{folder}:\n  ")
     assert shown.count(str(tmp_path)) == 1
+    assert shown.split()[1].endswith(",")
+    assert max(map(len, shown.splitlines()[1:])) <= 80
     names = {path.name for path in folder.iterdir()}
     assert {"user.parquet", "user.npy", "user.ids.parquet", "relations.parquet"} <= names
     previous = open_previous(folder)  # user.ids.parquet is no table
