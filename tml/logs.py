@@ -60,6 +60,12 @@ class MetricLog:
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")
 
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether there is a record of a `kind` for a step; rank 0 alone knows."""
+        if not self._speaks or not self._path.exists():
+            return False
+        return any(one["kind"] == kind and one["step"] == step for one in read_records(self._path))
+
     def train(self, record: Record) -> None:
         """Append a record of a training interval and print its line."""
         self.write("train", record)

@@ -83,6 +83,12 @@ class DivergedError(RuntimeError):
     """The loss is no finite number."""
 
 
+class GivenUpError(Exception):
+    """A measurement was left off because a signal came; raised in every process of the job, at the
+    same point.
+    """
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update tells."""
@@ -117,6 +123,9 @@ class Progress:
     """
     best: Best = field(default_factory=Best)
     """What was measured before this checkpoint."""
+    owes_validation: bool = False
+    """Whether the validation of this step was given up at a signal: who takes the run up makes it.
+    """
 
     def to_json(self) -> Record:
         """A JSON object for meta.json."""
@@ -127,6 +136,7 @@ class Progress:
             "examples_seen": self.examples_seen,
             "is_measured": self.is_measured,
             "best": self.best.to_json(),
+            "owes_validation": self.owes_validation,
         }
 
     @classmethod
@@ -140,16 +150,18 @@ class Progress:
             examples_seen=tree["examples_seen"],
             is_measured=tree.get("is_measured", False),
             best=Best.from_json(tree.get("best", {})),
+            owes_validation=tree.get("owes_validation", False),
         )
 
 
 class StopSignal:
     """While entered, SIGTERM and SIGINT are noted instead of ending the process: the loop stops
-    after its step.
+    after its step, and what is measured may be given up.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        """The signal that came to this process; another process may have got none."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -191,16 +203,18 @@ class Loop(Generic[BatchT]):
     """What an example is called: "edges"."""
     checkpoint_every: int | None = None
     validate: Callable[[], Record] | None = None
-    """Measures on validation data; every process calls it."""
+    """Measures on validation data; every process calls it. It may raise GivenUpError."""
     validate_every: int | None = None
     measure: Callable[[Progress], bool] | None = None
     """Measures the checkpoint that was just saved; whether training ends with it. Every process
-    calls it.
+    calls it. It may raise GivenUpError: `Progress.is_measured` says what is to be made up.
     """
     measure_every: int | None = None
     """Steps between measured checkpoints; the last step's is always measured."""
     measure_every_examples: int | None = None
     """Examples of all processes between measured checkpoints."""
+    stop: StopSignal = field(default_factory=StopSignal, kw_only=True)
+    """What `validate` and `measure` may look at, to give up."""
 
     def run(self, batches: Iterator[tuple[BatchT, Place]], progress: Progress) -> int | None:
         """Train to total_steps; returns None when done, or the number of the signal that stopped
@@ -212,8 +226,9 @@ class Loop(Generic[BatchT]):
         saved_step = progress.step if progress.step else None
         interval_loss = torch.tensor(progress.loss_sum, dtype=torch.float64)
         watch = _Watch(progress.examples_seen)
-        with StopSignal() as stop:
-            while (entry := upcoming.take(progress.step)) is not None:
+        with self.stop as stop:
+            stopped = self._owes_validation(progress) and not self._validates(progress)
+            while not stopped and (entry := upcoming.take(progress.step)) is not None:
                 batch, position = entry
                 result = self.update(batch, progress.step)
                 interval_loss += result.loss_sum.to("cpu", torch.float64)
@@ -226,10 +241,12 @@ class Loop(Generic[BatchT]):
                 progress.is_measured &= self.measure is not None
                 if _due(progress.step, self.log_every) or last:
                     self._log_interval(progress, interval_loss, result, watch)
-                validates = _due(progress.step, self.validate_every) or last
-                if self.validate is not None and validates:
+                validates = self.validate is not None and (
+                    last or _due(progress.step, self.validate_every)
+                )
+                if validates:
                     with watch.paused():
-                        self._log_validation(progress.step, self.validate())
+                        self._validates(progress)
                 stopped = distributed.any_process(stop.number is not None)
                 saves = last or stopped or progress.is_measured
                 if saves or _due(progress.step, self.checkpoint_every):
@@ -238,17 +255,49 @@ class Loop(Generic[BatchT]):
                         self.save(progress)
                     saved_step = progress.step
                 ends = False
-                if self.measure is not None and progress.is_measured and not stopped:
+                if progress.is_measured and not stopped:
                     with watch.paused():
-                        ends = self.measure(progress)
+                        ends = self._measures(progress)
+                    # Before another step: what stops here goes on with this measurement.
+                    stopped = distributed.any_process(stop.number is not None)
                 if ends and self.validate is not None and not validates:
-                    self._log_validation(progress.step, self.validate())
-                if stopped or ends:
+                    self._validates(progress)
+                if ends:
                     break
             # A signal that came after the last look: what follows the loop takes time too.
             stopped = distributed.any_process(stop.number is not None)
         assert saved_step == progress.step or not progress.step
         return (stop.number or signal.SIGTERM) if stopped else None
+
+    def _owes_validation(self, progress: Progress) -> bool:
+        """Whether one that was given up is still to be made, by this config too."""
+        is_owed = progress.owes_validation and self.validate is not None
+        return is_owed and not distributed.any_process(self.log.holds("validation", progress.step))
+
+    def _validates(self, progress: Progress) -> bool:
+        """Whether it was not given up; a checkpoint that follows says what is owed."""
+        assert self.validate is not None
+        try:
+            record = self.validate()
+        except GivenUpError:
+            self._say_given_up(progress.step)
+            progress.owes_validation = True
+            return False
+        progress.owes_validation = False
+        self._log_validation(progress.step, record)
+        return True
+
+    def _measures(self, progress: Progress) -> bool:
+        """Whether training ends with this measurement; not where it was given up."""
+        assert self.measure is not None
+        try:
+            return self.measure(progress)
+        except GivenUpError:
+            self._say_given_up(progress.step)
+            return False
+
+    def _say_given_up(self, step: int) -> None:
+        self.log.say(f"validation at step {step:,} given up: made when the run goes on")
 
     def _is_measured(self, progress: Progress, result: StepResult) -> bool:
         if _due(progress.step, self.measure_every):

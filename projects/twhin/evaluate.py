@@ -9,7 +9,8 @@ From the command line, on the best step of a run by validation, or else its newe
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from projects.twhin.retrieval import retrieval, retrieval_report
 from projects.twhin.sampled import protocol, sampled_link_prediction
 from tml.config import ConfigError
 from tml.distributed import Job
+from tml.train import GivenUpError
 
 
 def evaluate_split(
@@ -38,7 +40,8 @@ def evaluate_split(
     """Measure `vectors` on the config's "test", "validation" or "train" edges, a share a process.
 
     all_edges: what `read_splits` gives; read here where None. Returns the same report on every
-    process; its shape is what `render` and metrics.json know.
+    process; its shape is what `render` and metrics.json know. Raises GivenUpError on every process
+    where the scores of one did.
     """
     all_edges = all_edges or read_splits(config)
     asked = all_edges[split]
@@ -67,8 +70,8 @@ def evaluate_split(
     if settings.retrieval is not None:
         k = settings.retrieval.k
         ranked = spread_users(asked, settings.max_edges)
-        sums = retrieval(vectors, relations, ranked, training, k, shard)
-        report["retrieval"] = retrieval_report(relations, _over_all(sums), k)
+        sums = _over_all(lambda: retrieval(vectors, relations, ranked, training, k, shard))
+        report["retrieval"] = retrieval_report(relations, sums, k)
         report["retrieval"]["protocol"] += _share(ranked, asked)
     if config.planted is not None and split == "test" and settings.sampled_candidates is None:
         folder = planted.folder_of(config.train_data.data_root)
@@ -103,21 +106,29 @@ def _link_prediction(
 ) -> Report:
     relations, number = config.model.relations, config.evaluation.sampled_candidates
     if number is None:
-        sums = link_prediction(vectors, relations, ranked, known, shard)
-        return link_prediction_report(relations, _over_all(sums))
+        sums = _over_all(lambda: link_prediction(vectors, relations, ranked, known, shard))
+        return link_prediction_report(relations, sums)
     seed = config.training.seed
-    sums = sampled_link_prediction(vectors, relations, ranked, known, number, seed, shard)
-    return link_prediction_report(relations, _over_all(sums), protocol(number))
+    sums = _over_all(
+        lambda: sampled_link_prediction(vectors, relations, ranked, known, number, seed, shard)
+    )
+    return link_prediction_report(relations, sums, protocol(number))
 
 
 def _share(ranked: Edges, asked: Edges) -> str:
     return f"; {len(ranked):,} of {len(asked):,} edges" if len(ranked) < len(asked) else ""
 
 
-def _over_all(sums: Sums) -> Sums:
-    """The sums of all processes."""
+def _over_all(measure: Callable[[], Sums]) -> Sums:
+    """The sums of all processes; where one gives up its share, all do, and none waits for it."""
     from tml import distributed
 
+    sums: Sums | None = None
+    with suppress(GivenUpError):
+        sums = measure()
+    if distributed.any_process(sums is None):
+        raise GivenUpError
+    assert sums is not None
     return distributed.all_reduce_sum(torch.from_numpy(sums)).numpy()
 
 

@@ -69,7 +69,7 @@ from tml.logs import MetricLog
 from tml.machines import container
 from tml.memory import keep_freed_memory
 from tml.optimizers import end_schedules, is_optimizer_state, set_learning_rate
-from tml.train import DivergedError, Loop, Progress, StepResult
+from tml.train import DivergedError, GivenUpError, Loop, Progress, StepResult, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ def run(
         if job.is_chief:
             forget_marks(save_dir, progress.step)
             (save_dir / checkpoint.CONFIG).write_text(to_yaml(config))
-        validation, ended = None, False
+        validation, ended, stop = None, False, StopSignal()
         if (during := config.evaluation.during_training) is not None:
-            validation = Validation(config, save_dir, job, log)
+            validation = Validation(config, save_dir, job, log, stop)
             ended = validation.resume(progress)
         left = 0 if ended else reader.steps_from(position)
         total_steps = config.training.last_step(progress.step, left)
@@ -210,7 +210,7 @@ def run(
 
         validate = None
         if config.validation_data is not None:
-            validate = partial(_validate, config, config.validation_data, layout, job, model)
+            validate = partial(_validate, config, config.validation_data, layout, job, model, stop)
         loop: Loop[EdgeBatch] = Loop(
             job=job,
             log=log,
@@ -225,6 +225,7 @@ def run(
             measure=None if validation is None else validation.measure,
             measure_every=None if during is None else during.every_n,
             measure_every_examples=None if during is None else during.interval(reader.num_rows),
+            stop=stop,
         )
         batches = read_batches(reader, layout, data, job, seed, position, progress.step)
         with prefetch(batches) as ahead:
@@ -274,10 +275,15 @@ def run(
 
 @torch.no_grad()
 def _validate(
-    config: TwhinConfig, data: DataConfig, layout: EdgeLayout, job: Job, model: TwhinModel
+    config: TwhinConfig,
+    data: DataConfig,
+    layout: EdgeLayout,
+    job: Job,
+    model: TwhinModel,
+    stop: StopSignal,
 ) -> dict[str, float]:
     """Mean loss of num_eval_steps batches of the validation data (all where unset); nothing is
-    updated.
+    updated. Raises GivenUpError where a signal has come to a process.
 
     Where the validation data names no negatives, they are those of the training data: without any,
     the loss says nothing.
@@ -303,6 +309,8 @@ def _validate(
     for number, (batch, _) in enumerate(batches):
         if number == config.training.num_eval_steps:
             break
+        if distributed.any_process(stop.number is not None):  # lookups are made together
+            raise GivenUpError
         sums += model(batch, data).to("cpu", torch.float64)
         num_edges += batch.num_edges_all
     # A grouped pass of training asks for one side: its losses are those of half an edge.

@@ -11,19 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from projects.twhin import best
 from projects.twhin.best import Goal
 from projects.twhin.config import TwhinConfig
-from projects.twhin.edges import Edges
+from projects.twhin.edges import Edges, Side
 from projects.twhin.evaluate import evaluate_split, read_split, read_splits
 from projects.twhin.export import load_vectors
-from projects.twhin.ranking import Report
+from projects.twhin.ranking import CandidateScorer, Report
 from tml import checkpoint, distributed, follow, run_folder
 from tml.config import ConfigError
 from tml.distributed import Job
 from tml.early_stopping import Best
 from tml.logs import MetricLog, read_records
-from tml.train import Progress
+from tml.train import GivenUpError, Progress, StopSignal
 
 SPLIT = "validation"
 RECORD = "ranking"
@@ -33,14 +35,18 @@ RECORD = "ranking"
 class Validation:
     """Measures the checkpoints of one run; all processes make one and call it alike."""
 
-    def __init__(self, config: TwhinConfig, save_dir: Path, job: Job, log: MetricLog) -> None:
-        """Reads validation_data. Raises ConfigError where it holds nothing to go by."""
+    def __init__(
+        self, config: TwhinConfig, save_dir: Path, job: Job, log: MetricLog, stop: StopSignal
+    ) -> None:
+        """Reads validation_data. Raises ConfigError where it holds nothing to go by. stop: what is
+        being measured is given up at a signal.
+        """
         during = config.evaluation.during_training
         assert during is not None
         self._config = config
         self._during = during
         self._goal = Goal.of(config.evaluation)
-        self._save_dir, self._job, self._log = save_dir, job, log
+        self._save_dir, self._job, self._log, self._stop = save_dir, job, log, stop
         self._edges: dict[str, Edges | None] = {}
         self._refuse_nothing()
 
@@ -90,7 +96,7 @@ class Validation:
 
     def measure(self, progress: Progress) -> bool:
         """Measure the checkpoint of progress.step, or read what was measured of it; whether
-        training ends with it.
+        training ends with it. Raises GivenUpError at a signal.
         """
         began = time.perf_counter()
         step = progress.step
@@ -122,7 +128,8 @@ class Validation:
         if not self._edges:
             self._edges = read_splits(self._config)
         vectors = load_vectors(folder, self._config.model)
-        return evaluate_split(for_training(self._config), SPLIT, vectors, self._job, self._edges)
+        scorer = _Stoppable(vectors, self._stop)
+        return evaluate_split(for_training(self._config), SPLIT, scorer, self._job, self._edges)
 
     def _name_best(self, found: Best) -> None:
         if self._job.is_chief and found.step is not None and found.value is not None:
@@ -158,6 +165,25 @@ class Validation:
             f"no better validation {self._goal} for {found.waited} validations (best "
             f"{_short(found.value)} at step {found.step:,}): training ends"
         )
+
+
+class _Stoppable:
+    """Scores that are given up at a signal, between two blocks of queries."""
+
+    def __init__(self, scorer: CandidateScorer, stop: StopSignal) -> None:
+        self._scorer, self._stop = scorer, stop
+
+    def score(
+        self, relation: int, side: Side, entities: Tensor, candidates: Tensor | None = None
+    ) -> Tensor:
+        """See CandidateScorer. Raises GivenUpError once a signal has come to this process."""
+        if self._stop.number is not None:
+            raise GivenUpError
+        return self._scorer.score(relation, side, entities, candidates)
+
+    def num_candidates(self, relation: int, side: Side) -> int:
+        """See CandidateScorer."""
+        return self._scorer.num_candidates(relation, side)
 
 
 def for_training(config: TwhinConfig) -> TwhinConfig:

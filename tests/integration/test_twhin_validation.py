@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,11 @@ def test_a_run_that_was_cut_short_decides_what_the_unbroken_one_does(
 
 
 def test_a_signal_during_a_validation_stops_the_run_which_goes_on_as_the_unbroken_one(
-    unbroken: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unbroken: Path,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     original = validation.Validation._rank
 
@@ -198,8 +203,11 @@ def test_a_signal_during_a_validation_stops_the_run_which_goes_on_as_the_unbroke
 
     monkeypatch.setattr(validation.Validation, "_rank", interrupted)
     assert train(config, tmp_path / "run") == signal.SIGTERM
+    assert "validation at step 10 given up" in capsys.readouterr().out
     assert not (tmp_path / "run" / "metrics.json").exists()
-    assert max(checkpoint.complete_steps(tmp_path / "run")) == 11
+    assert max(checkpoint.complete_steps(tmp_path / "run")) == 10
+    assert not (tmp_path / "run" / "evaluation" / "validation" / "10.json").exists()
+    monkeypatch.undo()
     assert train(config, tmp_path / "run") is None
     assert records(tmp_path / "run") == records(unbroken)
     assert read(tmp_path / "run" / "metrics.json") == read(unbroken / "metrics.json")
@@ -321,3 +329,40 @@ def test_two_ranks_measure_what_one_does_and_end_early(config: Path, tmp_path: P
     found = {step: one["mrr"] for step, one in rankings(save_dir).items()}
     assert int(folder.name) == max(found, key=lambda step: found[step])
     assert max(found) < 40 * STEPS
+
+
+def test_two_ranks_give_up_a_long_validation_at_a_signal(config: Path, tmp_path: Path) -> None:
+    """Of some 20 seconds: 80,000 queries, each with 20,000 candidates."""
+    generator = np.random.default_rng(0)
+    ends = {name: generator.integers(20_000, size=40_000) for name in ("lhs", "rhs")}
+    edges = pa.table({**ends, "rel": np.zeros(40_000, np.int64)})
+    pq.write_table(edges, tmp_path / "valid.parquet")
+    command = [sys.executable, "-m", "tml.torchrun", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "projects" / "twhin" / "run.py"), f"--config_yaml_path={config}"]
+    command += [f"--save_dir={tmp_path / 'run'}", "--set=model.embeddings.tables="]
+    command[-1] += "[{name: user, num_embeddings: 20000, embedding_dim: 8}, "
+    command[-1] += "{name: tweet, num_embeddings: 20000, embedding_dim: 8}]"
+    command += [f"--set=validation_data.data_root={tmp_path}/valid.parquet"]
+    command += ["--set=evaluation.during_training={every_n: 5}"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    first = tmp_path / "run" / "5"
+    while process.poll() is None and not checkpoint.is_complete(first):
+        time.sleep(0.05)
+    time.sleep(1)  # it is read again, then ranked
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    assert time.monotonic() - began < 10, "far less than the validation takes"
+    assert output.count("validation at step 5 given up") == 1, output
+    assert "stopped by signal 15 after step 5; saved" in output
+    assert "Traceback" not in output
+    assert checkpoint.complete_steps(tmp_path / "run") == [5]
+    assert checkpoint.load_meta(first)["is_measured"]
+    assert not list((tmp_path / "run" / "evaluation").glob("**/*.json"))

@@ -1,15 +1,20 @@
-"""The training loop's end: total_steps or the end of the batches, whichever is first."""
+"""The training loop's end: total_steps or the end of the batches, whichever is first, or a signal,
+also one that comes during a validation.
+"""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tml.data.parquet import Position
 from tml.distributed import Job
-from tml.logs import MetricLog
-from tml.train import Loop, Progress, StepResult
+from tml.logs import MetricLog, read_records
+from tml.train import GivenUpError, Loop, Progress, StepResult, StopSignal
 
 
 def batches(count: int) -> Iterator[tuple[int, Position]]:
@@ -124,3 +129,107 @@ def measured_run(folder: Path, end_at: int | None, **settings: int) -> list[tupl
     )
     assert loop.run(batches(7), progress) is None
     return done
+
+
+class Interrupted:
+    """A run of 6 steps with a validation each 2 and a measurement each 3; SIGTERM comes in the
+    middle of one of them, which is given up. `go` starts it, or takes up what was saved last.
+    """
+
+    def __init__(self, folder: Path, at: tuple[str, int] | None) -> None:
+        self._log, self._at = MetricLog(folder, 0), at
+        self.saved: list[dict[str, Any]] = []
+        self.measured: list[int] = []
+        self.trained: list[int] = []
+
+    def go(self) -> int | None:
+        stop, progress = StopSignal(), Progress()
+        if self.saved:
+            progress = Progress.from_json(self.saved[-1], Position(), chief=True)
+            self._log.rewind(progress.step)
+
+        def look(what: str) -> None:
+            if (what, progress.step) == self._at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._at = None
+            if stop.number is not None:
+                raise GivenUpError
+
+        def update(batch: int, step: int) -> StepResult:
+            self.trained.append(step)
+            return StepResult(torch.tensor(1.0), 1, {"all": 0.1})
+
+        def validate() -> dict[str, Any]:
+            look("validate")
+            return {"loss": float(progress.step)}
+
+        def measure(progress: Progress) -> bool:
+            look("measure")
+            self.measured.append(progress.step)
+            return False
+
+        if progress.is_measured:  # as a project does before the loop
+            measure(progress)
+        loop: Loop[int] = Loop(
+            job=Job(0, 1, 1, torch.device("cpu")),
+            log=self._log,
+            update=update,
+            save=lambda progress: self.saved.append(progress.to_json()),
+            total_steps=6,
+            log_every=10,
+            unit="rows",
+            validate=validate,
+            validate_every=2,
+            measure=measure,
+            measure_every=3,
+            stop=stop,
+        )
+        return loop.run(batches(6), progress)
+
+
+@pytest.mark.parametrize(
+    ("at", "stops_at"),
+    [(("validate", 2), 2), (("measure", 3), 3), (("validate", 6), 6), (("measure", 6), 6)],
+)
+def test_a_validation_is_given_up_at_a_signal_and_made_when_the_run_goes_on(
+    at: tuple[str, int], stops_at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Interrupted(tmp_path, at)
+    assert run.go() == signal.SIGTERM
+    assert f"validation at step {stops_at} given up" in capsys.readouterr().out
+    assert run.saved[-1]["step"] == stops_at == len(run.trained)
+    assert run.saved[-1]["owes_validation"] == (at[0] == "validate")
+    resumed = Interrupted(tmp_path, None)
+    resumed.saved = run.saved
+    assert resumed.go() is None
+    assert run.trained + resumed.trained == list(range(6))
+    assert run.measured + resumed.measured == [3, 6]
+    records = read_records(tmp_path / "metrics.jsonl")
+    losses = [one["loss"] for one in records if one["kind"] == "validation"]
+    assert losses == [2, 4, 6]
+    # Killed before the next checkpoint, it is made up once.
+    resumed.saved = [one for one in resumed.saved if one["step"] == stops_at][:1]
+    assert resumed.go() is None
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [one["loss"] for one in records if one["kind"] == "validation"] == losses
+
+
+def test_a_signal_after_a_measurement_stops_before_the_next_step(tmp_path: Path) -> None:
+    run = Interrupted(tmp_path, None)
+    run.measured = SignalAt(3)
+    assert run.go() == signal.SIGTERM
+    assert run.trained == [0, 1, 2]
+    assert run.saved[-1]["step"] == 3
+
+
+class SignalAt(list[int]):
+    """Sends SIGTERM when it is given a number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def append(self, value: int) -> None:
+        super().append(value)
+        if value == self._number:
+            os.kill(os.getpid(), signal.SIGTERM)
