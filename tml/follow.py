@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -49,15 +50,28 @@ def mark_done(save_dir: Path, step: int, report: Report, job: Job) -> None:
         run_folder.write_json(path, one)
 
 
+def read_mark(save_dir: Path, name: str, step: int) -> Any:
+    """The result of `name` at `step`; None where there is none."""
+    try:
+        return json.loads(mark_path(save_dir, name, step).read_text())
+    except FileNotFoundError:
+        return None
+
+
 def read_marks(save_dir: Path, step: int) -> Report:
     """What has been measured at a step: name → result."""
     paths = sorted((save_dir / EVALUATION).glob(f"*/{step}.json"))
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
-def unmarked(save_dir: Path, names: Iterable[str], step: int) -> list[str]:
-    """Those of `names` that are not measured at a step."""
-    return [name for name in names if not mark_path(save_dir, name, step).exists()]
+def unmarked(
+    save_dir: Path,
+    names: Iterable[str],
+    step: int,
+    counts: Callable[[Path], bool] = Path.exists,
+) -> list[str]:
+    """Those of `names` that are not measured at a step. counts: whether a mark is one."""
+    return [name for name in names if not counts(mark_path(save_dir, name, step))]
 
 
 def forget_marks(save_dir: Path, step: int) -> None:
@@ -77,13 +91,15 @@ def follow(
     timeout_s: float,
     *,
     once: bool = False,
+    counts: Callable[[Path], bool] = Path.exists,
 ) -> int | None:
     """Measure the complete step folders of the run in `save_dir` that have no mark, as they appear,
     until the run is finished; all processes call this. Returns None, or the number of the signal
     that ended it.
 
     load: step folder → model. measure: (model, names without a mark) → report, the same on every
-    process. tell: called on the chief with what was measured, once it is marked.
+    process. tell: called on the chief with what was measured, once it is marked. counts: whether
+    there is a mark at a path, and what it says was measured as it would be now.
 
     A run that was finished before this process began is one that the trainer of this job is about
     to move aside, to remove or to prolong: it is left alone until that has happened. once: nobody
@@ -102,7 +118,7 @@ def follow(
                 # folders. Before looking for steps: the last one counts.
                 finished = _finish_time(save_dir)
                 stale = finished is not None and finished < began and not once
-                steps = [] if stale else _unmeasured(save_dir, names)
+                steps = [] if stale else _unmeasured(save_dir, names, counts)
                 waited = time.monotonic() - last_found
                 seen = distributed.gather((finished, stale, steps, waited))[0]
                 finished, stale, steps, waited = seen
@@ -116,7 +132,8 @@ def follow(
                 if once and not checkpoint.complete_steps(save_dir):
                     raise CheckpointError(f"{save_dir} holds no complete step folder; train first")
                 for step in steps:
-                    _measure_step(save_dir, step, names, load, measure, tell, job)
+                    left = partial(unmarked, save_dir, names, step, counts)
+                    _measure_step(save_dir, step, left, load, measure, tell, job)
                     last_found = time.monotonic()
                 if once or (finished is not None and not stale):
                     return None
@@ -137,7 +154,7 @@ def follow(
 def _measure_step(
     save_dir: Path,
     step: int,
-    names: list[str],
+    find_left: Callable[[], list[str]],
     load: Callable[[Path], Model],
     measure: Callable[[Model, list[str]], Report],
     tell: Callable[[int, Report], None],
@@ -145,7 +162,7 @@ def _measure_step(
 ) -> None:
     """Measure what has no mark at a step, unless the trainer removes the folder meanwhile."""
     folder = save_dir / str(step)
-    left, identity = distributed.gather((unmarked(save_dir, names, step), _identity(folder)))[0]
+    left, identity = distributed.gather((find_left(), _identity(folder)))[0]
     with ExitStack() as stack:
         # What names the run: of a run that is moved aside its folders go along, of one that is
         # removed they are no longer to be written to, and another's marks are other folders.
@@ -201,9 +218,9 @@ def _write_mark(folder: int, step: int, result: Any) -> None:
     os.replace(temporary, f"{step}.json", src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def _unmeasured(save_dir: Path, names: list[str]) -> list[int]:
+def _unmeasured(save_dir: Path, names: list[str], counts: Callable[[Path], bool]) -> list[int]:
     steps = checkpoint.complete_steps(save_dir)
-    return [step for step in steps if unmarked(save_dir, names, step)]
+    return [step for step in steps if unmarked(save_dir, names, step, counts)]
 
 
 def _finish_time(save_dir: Path) -> float | None:

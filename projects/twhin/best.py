@@ -1,8 +1,8 @@
 """The best step of a run by what was measured of its checkpoints, named in evaluation/best.json.
 
 The file is written by the trainer where evaluation.during_training is set, else by the evaluator
-role: {"step", "split", "metric", "relation", <metric>: its value}. Programs that read a run take
-the step that it names by default, and the trainer keeps that step folder.
+role: {"step", "split", "metric", "relation", <metric>: its value, "measured_with"}. Programs that
+read a run take the step that it names by default, and the trainer keeps that step folder.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from tml.machines import container
 
 BEST = "best.json"
 """Below evaluation/."""
+MEASURED_WITH = "measured_with"
+"""Key of what `measured.measured_with` says, in marks and in best.json."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,35 @@ class Goal:
         return found
 
 
-def find_best(save_dir: Path, split: str, goal: Goal) -> Report | None:
-    """The step whose mark has the largest number, the first of equals, as best.json names it."""
+def find_best(
+    save_dir: Path, split: str, goal: Goal, measured_with: str | None = None
+) -> Report | None:
+    """The step whose mark has the largest number, the first of equals, as best.json names it.
+
+    Steps count whose folder is still there, and whose mark was `measured_with` the same.
+    """
     measured: dict[int, float] = {}
-    for path in (save_dir / follow.EVALUATION / split).glob("*.json"):
-        if path.stem.isdigit():
-            value = goal.value(json.loads(path.read_text()))
-            if value is not None:
-                measured[int(path.stem)] = value
+    for step in checkpoint.complete_steps(save_dir):
+        mark = follow.read_mark(save_dir, split, step)
+        if mark is None or mark.get(MEASURED_WITH) != measured_with:
+            continue
+        value = goal.value(mark)
+        if value is not None:
+            measured[step] = value
     if not measured:
         return None
-    step = max(sorted(measured), key=lambda step: measured[step])
-    return describe(step, split, goal, measured[step])
+    step = max(measured, key=lambda step: measured[step])
+    return describe(step, split, goal, measured[step], measured_with)
 
 
-def describe(step: int, split: str, goal: Goal, value: float) -> Report:
+def describe(
+    step: int, split: str, goal: Goal, value: float, measured_with: str | None = None
+) -> Report:
     """What best.json holds."""
-    report = {"step": step, "split": split, "metric": goal.metric, goal.metric: value}
-    return report if goal.relation is None else {**report, "relation": goal.relation}
+    report: Report = {"step": step, "split": split, "metric": goal.metric, goal.metric: value}
+    if goal.relation is not None:
+        report["relation"] = goal.relation
+    return report if measured_with is None else {**report, MEASURED_WITH: measured_with}
 
 
 def write_best(save_dir: Path, best: Report) -> None:
@@ -157,5 +170,6 @@ def forget_marks(save_dir: Path, step: int) -> None:
     if best is not None and best["step"] > step:
         (save_dir / follow.EVALUATION / BEST).unlink()
         goal = Goal(best.get("metric", "mrr"), best.get("relation"))
-        if (left := find_best(save_dir, best["split"], goal)) is not None:
+        left = find_best(save_dir, best["split"], goal, best.get(MEASURED_WITH))
+        if left is not None:
             write_best(save_dir, left)

@@ -19,12 +19,13 @@ from projects.twhin.config import TwhinConfig
 from projects.twhin.edges import Edges, Side
 from projects.twhin.evaluate import evaluate_split, read_split, read_splits
 from projects.twhin.export import load_vectors
+from projects.twhin.measured import measured_with
 from projects.twhin.ranking import CandidateScorer, Report
-from tml import checkpoint, distributed, follow, run_folder
+from tml import checkpoint, distributed, follow
 from tml.config import ConfigError
 from tml.distributed import Job
 from tml.early_stopping import Best
-from tml.logs import MetricLog, read_records
+from tml.logs import MetricLog
 from tml.train import GivenUpError, Progress, StopSignal
 
 SPLIT = "validation"
@@ -48,11 +49,12 @@ class Validation:
         self._goal = Goal.of(config.evaluation)
         self._save_dir, self._job, self._log, self._stop = save_dir, job, log, stop
         self._edges: dict[str, Edges | None] = {}
-        self._refuse_nothing()
-
-    def _refuse_nothing(self) -> None:
-        edges = read_split(self._config, SPLIT)
+        edges = read_split(config, SPLIT)
         assert edges is not None
+        self._refuse_nothing(edges)
+        self._measured_with = measured_with(for_training(config), edges)
+
+    def _refuse_nothing(self, edges: Edges) -> None:
         if not len(edges):
             raise ConfigError("evaluation.during_training: validation_data has no edges")
         if (name := self._goal.relation) is not None:
@@ -81,8 +83,6 @@ class Validation:
         """Why what was measured before no longer counts; None where it does."""
         before, described = progress.best, self._described()
         if before.goal != described:
-            if self._job.is_chief:  # the mark of this step is one of the goal before
-                follow.forget_marks(self._save_dir, progress.step - 1)
             return f"what is validated has changed ({before.goal} → {described})"
         if before.step is None:
             return None
@@ -100,10 +100,11 @@ class Validation:
         """
         began = time.perf_counter()
         step = progress.step
-        marks = follow.read_marks(self._save_dir, step) if self._job.is_chief else {}
-        report = distributed.gather(marks.get(SPLIT))[0]
+        mark = follow.read_mark(self._save_dir, SPLIT, step) if self._job.is_chief else None
+        report = distributed.gather(mark)[0]
         value = None if report is None else self._goal.value(report)
-        if report is None or value is None:
+        is_known = value is not None and report.get(best.MEASURED_WITH) == self._measured_with
+        if not is_known:
             report = self._rank(self._save_dir / str(step))
             # The chief's number: the same bits decide everywhere.
             value = distributed.gather(self._goal.value(report))[0]
@@ -116,7 +117,9 @@ class Validation:
         is_best = progress.best.note(step, value, self._during.min_delta)
         if self._job.is_chief:
             self._name_best(progress.best)
-            self._write_record(step, report, progress.best, time.perf_counter() - began, is_best)
+            if not (is_known and self._log.holds(RECORD, step)):
+                seconds = time.perf_counter() - began
+                self._write_record(step, report, progress.best, seconds, is_best)
             keep = self._config.training.checkpoint_max_to_keep
             checkpoint.remove_old(self._save_dir, keep, kept_steps(self._save_dir))
         ends = progress.best.is_given_up(self._during.patience)
@@ -127,23 +130,20 @@ class Validation:
     def _rank(self, folder: Path) -> Report:
         if not self._edges:
             self._edges = read_splits(self._config)
-        vectors = load_vectors(folder, self._config.model)
-        scorer = _Stoppable(vectors, self._stop)
-        return evaluate_split(for_training(self._config), SPLIT, scorer, self._job, self._edges)
+        config = for_training(self._config)
+        scorer = _Stoppable(load_vectors(folder, config.model), self._stop)
+        report = evaluate_split(config, SPLIT, scorer, self._job, self._edges)
+        return {**report, best.MEASURED_WITH: self._measured_with}
 
     def _name_best(self, found: Best) -> None:
         if self._job.is_chief and found.step is not None and found.value is not None:
-            named = best.describe(found.step, SPLIT, self._goal, found.value)
-            best.write_best(self._save_dir, named)
+            named = (found.step, SPLIT, self._goal, found.value, self._measured_with)
+            best.write_best(self._save_dir, best.describe(*named))
 
     def _write_record(
         self, step: int, report: Report, found: Best, seconds: float, is_best: bool
     ) -> None:
-        """A record and its line, unless they are there from before the run was cut short."""
-        path = self._save_dir / run_folder.RECORDS
-        known = read_records(path) if path.exists() else []
-        if any(one["kind"] == RECORD and one["step"] == step for one in known[-50:]):
-            return
+        """A record and its line."""
         record: dict[str, Any] = {"step": step, **_means(report, self._goal)}
         record |= {"best_step": found.step, "waited": found.waited, "seconds": round(seconds, 3)}
         self._log.write(RECORD, record)
@@ -151,12 +151,7 @@ class Validation:
 
     def _described(self) -> str:
         """What makes measurements comparable."""
-        settings = self._config.evaluation.for_training()
-        edges = "" if settings.max_edges is None else f", {settings.max_edges:,} edges"
-        relations = "" if settings.relations is None else f", {' '.join(settings.relations)}"
-        sampled = settings.sampled_candidates
-        candidates = "" if sampled is None else f", {sampled:,} sampled candidates"
-        return f"{self._goal}{edges}{relations}{candidates}"
+        return f"{self._goal}: {self._measured_with}"
 
     def _farewell(self, found: Best) -> str:
         assert found.step is not None

@@ -96,7 +96,8 @@ def test_the_evaluator_measures_each_checkpoint_and_names_the_best(
     assert mrr[best["step"]] == best["mrr"]
     # The trainer's own numbers of its end.
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {"step": 20, **found[20]} == metrics
+    end = {**metrics, "step": 20, **found[20]}
+    assert end == {**metrics, "measured_with": best["measured_with"]}
 
     # Both once more, together: the finished run is moved aside, the new one is followed.
     evaluator = start("evaluator", config, run, "--repeat")

@@ -51,10 +51,11 @@ def test_a_goal_finds_its_number_in_a_report(
     assert Goal(metric, relation).value(REPORT) == value
 
 
-def mark(run: Path, step: int, mrr: float, recall: float) -> None:
+def mark(run: Path, step: int, mrr: float, recall: float, **more: str) -> None:
     folder = run / "evaluation" / "validation"
     folder.mkdir(parents=True, exist_ok=True)
     report = {
+        **more,
         "link_prediction": {"mean": {"mrr": mrr}},
         "retrieval": {"mean": {}, "relations": {"fav": {"recall@20": recall}}},
     }
@@ -64,17 +65,25 @@ def mark(run: Path, step: int, mrr: float, recall: float) -> None:
 def test_the_best_step_is_the_first_of_the_largest_numbers_of_its_goal(tmp_path: Path) -> None:
     for step, mrr, recall in ((9, 0.1, 0.9), (10, 0.3, 0.1), (100, 0.3, 0.2)):
         mark(tmp_path, step, mrr, recall)
+        complete(tmp_path, step)
+    mark(tmp_path, 50, 0.9, 0.95)  # whose folder is gone
+    mark(tmp_path, 60, 0.9, 0.95, measured_with="other edges")
+    complete(tmp_path, 60)
     best = find_best(tmp_path, "validation", Goal())
     assert best == {"step": 10, "split": "validation", "metric": "mrr", "mrr": 0.3}
     best = find_best(tmp_path, "validation", Goal("recall@20", "fav"))
     assert best is not None
     assert (best["step"], best["relation"], best["recall@20"]) == (9, "fav", 0.9)
     assert find_best(tmp_path, "test", Goal()) is None
+    best = find_best(tmp_path, "validation", Goal(), "other edges")
+    assert best is not None
+    assert (best["step"], best["measured_with"]) == (60, "other edges")
 
 
 def test_a_best_step_that_is_trained_anew_gives_way_to_the_best_before_it(tmp_path: Path) -> None:
     for step, recall in ((5, 0.2), (10, 0.1), (15, 0.3)):
         mark(tmp_path, step, 0.0, recall)
+        complete(tmp_path, step)
     best = find_best(tmp_path, "validation", Goal("recall@20", "fav"))
     assert best is not None
     write_best(tmp_path, best)
