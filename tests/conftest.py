@@ -16,15 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.stand_in import Launcher, containers, networks
 from tml.docker import connection
 from tml.docker.errors import LauncherError
 from tml.machines import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAND_IN = f"p{os.getpid()}/standin"
-"""The project that launchers here run, called standin; its path is this process's own, so that test
-runs beside each other let one another's containers be.
-"""
 # Under nohup SIGHUP is ignored, and so it would be by the launchers that tests end with it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LEFT_OUT = pytest.StashKey[list[str]]()
@@ -67,54 +64,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         "To have them run: start an engine, then call ./scripts/test.sh again."
     )
-
-
-class Launcher:
-    """`python -m tml.docker` on a checkout of its own, with one project whose script the test
-    writes.
-    """
-
-    def __init__(self, base: Path, home: Path) -> None:
-        self.base, self.home = base, home
-        self.env = {
-            **os.environ,
-            environment.TML_BASE: str(base),
-            environment.HOME: str(home),
-            environment.XDG_STATE_HOME: str(home / ".local" / "state"),
-            environment.PYTHONPATH: str(REPOSITORY),
-        }
-        self.argv = [sys.executable, "-m", "tml.docker"]
-
-    def script(self, text: str) -> None:
-        """What the container runs."""
-        path = self.base / "projects" / STAND_IN / "scripts" / "run_in_docker.sh"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def __call__(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end, with no stdin."""
-        return subprocess.run(
-            [*self.argv, *argv],
-            env={**self.env, **env},
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
-        """Start, to be watched and interrupted."""
-        return subprocess.Popen(
-            [*self.argv, *argv],
-            env={**self.env, **env},
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
@@ -167,12 +116,10 @@ def launcher(bare_launcher: Launcher, client: Any, image: str) -> Iterator[Launc
     no network.
     """
     yield bare_launcher
-    filters = {"label": f"tml.project={STAND_IN}"}
-    left = client.containers(all=True, filters=filters)
+    left, joined = containers(client), networks(client)
     for container in left:
         client.remove_container(container["Id"], force=True)
-    networks = client.networks(filters=filters)
-    for network in networks:
+    for network in joined:
         client.remove_network(network["Id"])
     assert [container["Names"] for container in left] == []
-    assert [network["Name"] for network in networks] == []
+    assert [network["Name"] for network in joined] == []

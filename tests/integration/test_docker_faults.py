@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.stand_in import STAND_IN, containers, networks
 from tml import checkpoint
 from tml.machines import environment
 
@@ -91,7 +92,7 @@ class Job:
         """Id of a member's container."""
         role, _, index = member.partition("-")
         labels = [
-            f"tml.project=p{os.getpid()}/standin",
+            f"tml.project={STAND_IN}",
             f"tml.role={role}",
             f"tml.index={index or 0}",
         ]
@@ -120,10 +121,8 @@ class Job:
 
 def left(client: Any) -> list[str]:
     """Names of what jobs of the stand-in project left."""
-    label = {"label": f"tml.project=p{os.getpid()}/standin"}
-    found = [str(c["Names"]) for c in client.containers(all=True, filters=label)]
-    found += [str(n["Name"]) for n in client.networks(filters=label)]
-    return found
+    found = [str(container["Names"]) for container in containers(client)]
+    return found + [str(network["Name"]) for network in networks(client)]
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ def test_a_process_of_a_container_killed_with_9(job: Job, member: str, repeat: i
 @pytest.mark.parametrize("repeat", REPEATS)
 def test_a_worker_that_is_cut_off_the_network(job: Job, repeat: int) -> None:
     job.train()
-    (network,) = job.client.networks(filters={"label": f"tml.project=p{os.getpid()}/standin"})
+    (network,) = networks(job.client)
     job.client.disconnect_container_from_network(job.container("worker-1"), network["Id"])
     code, err = job.end()
     assert code not in (0, 125), err

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.stand_in import STAND_IN, containers
 from tml.docker import plan as plans
 from tml.docker import render
 from tml.docker.checkout import find_project
@@ -22,8 +23,6 @@ from tml.docker.plan import Host, Request
 
 pytestmark = pytest.mark.docker
 
-# The stand-in's, of this process alone.
-PROJECT = f"p{os.getpid()}/standin"
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 
 # As the second and as the first version of cgroups have them.
@@ -169,7 +168,7 @@ def test_a_published_port_is_reached_from_this_machine_alone(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     network = f"tml-standin-ports-{os.getpid()}"
-    client.create_network(network, labels={"tml.project": PROJECT})
+    client.create_network(network, labels={"tml.project": STAND_IN})
     process = launcher.start("run", "standin", "--network", network, "--publish", f"{port}:8000")
 
     def answers(address: str) -> bool:
@@ -496,4 +495,4 @@ def test_the_lines_pasted_as_they_are_do_the_job_and_remove_it(launcher: Any, cl
     assert "chief done" in printed
     after = printed[printed.index("chief done") + 1 :]
     assert after[:2] == ["5", "6"]
-    assert client.containers(all=True, filters={"label": f"tml.project={PROJECT}"}) == []
+    assert containers(client) == []

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from docker.errors import APIError
 
+from tests.stand_in import GRACEFUL, STAND_IN, containers, records, was_interrupted
 from tml.docker import launch
 from tml.docker import plan as plans
 from tml.docker.container import explain
@@ -25,19 +26,6 @@ from tml.docker.plan import Variant
 pytestmark = pytest.mark.docker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-GRACEFUL = """exec python3 -u -c '
-import os, signal, sys, time
-def stop(*_):
-    print("saving", flush=True)
-    time.sleep(float(os.environ.get("LINGER", "0")))
-    print("saved", flush=True)
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
-time.sleep(60)
-'
-"""
 
 DEAF = """
 import sys
@@ -49,14 +37,6 @@ sys.exit(__main__.main())
 """The launcher with an engine that never tells of an exit, as one does that is so slow that it took
 note of our waiting only after the exit.
 """
-
-
-def containers(client: Any, **filters: Any) -> list[Any]:
-    """All containers of the stand-in project."""
-    found: list[Any] = client.containers(
-        all=True, filters={"label": f"tml.project=p{os.getpid()}/standin", **filters}
-    )
-    return found
 
 
 def test_the_running_container_matches_the_contract(launcher: Any, client: Any, until: Any) -> None:
@@ -81,7 +61,7 @@ def test_the_running_container_matches_the_contract(launcher: Any, client: Any, 
     assert config["WorkingDir"] == "/usr/src/app"
     assert config["Cmd"] == [
         "bash",
-        f"tml/projects/p{os.getpid()}/standin/scripts/run_in_docker.sh",
+        f"tml/projects/{STAND_IN}/scripts/run_in_docker.sh",
     ]
     assert config["User"] == f"{os.getuid()}:{os.getgid()}"
     assert config["StopTimeout"] == 45
@@ -95,7 +75,7 @@ def test_the_running_container_matches_the_contract(launcher: Any, client: Any, 
     assert host["PidsLimit"] == 8192
     labels = config["Labels"]
     assert labels["tml.owner"].split(":")[1] == str(process.pid)
-    assert (labels["tml.role"], labels["tml.project"]) == ("chief", f"p{os.getpid()}/standin")
+    assert (labels["tml.role"], labels["tml.project"]) == ("chief", STAND_IN)
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 42, 125, 126, 127, 137, 143, 255])
@@ -193,11 +173,7 @@ def test_a_signal_at_any_early_moment_leaves_nothing(launcher: Any, client: Any)
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
-        # Before Python itself is up, a signal ends it as it ends any program, or with 1 where it
-        # comes while Python imports its own modules site and runpy.
-        starting = process.returncode == 1 and "tml/docker" not in err
-        assert not starting or "import the site module" in err or "import runpy module" in err, err
-        assert process.returncode in (130, -signal.SIGINT) or starting, err
+        assert was_interrupted(process.returncode, err), (delay_s, err)
         assert containers(client) == []
 
 
@@ -252,7 +228,7 @@ def test_a_run_that_fails_is_told_with_its_last_lines_and_noted_down(launcher: A
     assert done.returncode == 1
     assert "ended with exit code 1: ValueError: no such column" in done.stderr
     assert "tml:     30\n" in done.stderr
-    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    (path,) = records(launcher)
     record = json.loads(path.read_text())
     assert (record["verb"], record["state"], record["exit_code"]) == ("run", "ended", 1)
     assert record["cause"].endswith("no such column")
@@ -265,7 +241,7 @@ def test_without_a_terminal_the_output_is_kept_too_and_the_record_is_true(launch
     )
     process = launcher.start("run", "standin", "--env", "TOKEN=planted-5ecret")
     assert process.stdout.readline() == "ready\n"
-    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    (path,) = records(launcher)
     assert json.loads(path.read_text())["state"] == "running"
     process.send_signal(signal.SIGINT)
     process.stdout.readline()
@@ -285,7 +261,7 @@ def test_a_secret_in_the_last_lines_is_not_noted_down(launcher: Any) -> None:
     # What the program prints is its own affair; what we say of it is ours.
     assert "planted-5ecret" not in done.stderr
     assert "ValueError: bad token ***" in done.stderr
-    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
+    (path,) = records(launcher)
     assert "planted-5ecret" not in path.read_text()
 
 
@@ -513,6 +489,6 @@ def test_the_plan_as_json_is_what_runs(launcher: Any) -> None:
     plan = json.loads(launcher("run", "standin", "--json", "--env", "API_KEY=planted").stdout)
     assert plan["command"] == [
         "bash",
-        f"tml/projects/p{os.getpid()}/standin/scripts/run_in_docker.sh",
+        f"tml/projects/{STAND_IN}/scripts/run_in_docker.sh",
     ]
     assert {"name": "API_KEY", "value": None, "secret": True} in plan["env"]

@@ -17,43 +17,16 @@ from typing import Any
 
 import pytest
 
+from tests.stand_in import GRACEFUL, containers, networks, record, records, was_interrupted
 from tml.docker import connection
 from tml.docker.owner import liveness
 
 pytestmark = pytest.mark.docker
 
-GRACEFUL = """exec python3 -u -c '
-import os, signal, sys, time
-def stop(*_):
-    print("saving", flush=True)
-    time.sleep(float(os.environ.get("LINGER", "0")))
-    print("saved", flush=True)
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
-time.sleep(60)
-'
-"""
-
-
-def containers(client: Any, **filters: Any) -> list[Any]:
-    """All containers of the stand-in project."""
-    found: list[Any] = client.containers(
-        all=True, filters={"label": f"tml.project=p{os.getpid()}/standin", **filters}
-    )
-    return found
-
 
 def nothing_is_left(client: Any) -> bool:
     """Neither a container nor a network of the stand-in project."""
-    networks = client.networks(filters={"label": f"tml.project=p{os.getpid()}/standin"})
-    return not containers(client) and not networks
-
-
-def record(launcher: Any) -> Any:
-    """The only job's record."""
-    (path,) = (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json")
-    return json.loads(path.read_text())
+    return not containers(client) and not networks(client)
 
 
 def log(launcher: Any, member: str) -> str:
@@ -321,8 +294,7 @@ def test_a_signal_at_any_early_moment_leaves_nothing(launcher: Any, client: Any)
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
-        # Before Python itself is up, a signal ends it as it ends any program.
-        assert process.returncode in (130, -signal.SIGINT), (delay_s, err)
+        assert was_interrupted(process.returncode, err), (delay_s, err)
         assert nothing_is_left(client), delay_s
 
 
@@ -522,13 +494,14 @@ def test_ctrl_c_while_a_detached_job_starts_leaves_nothing(
         process = launcher.start("up", "standin", "--detach")
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=20)
         if process.returncode == 0:  # It was too late: the job runs.
             os.kill(owner_pid(launcher), signal.SIGTERM)
         else:
-            assert (process.returncode, out) == (130, "")
+            assert was_interrupted(process.returncode, err), (delay_s, err)
+            assert out == ""
         until(lambda: nothing_is_left(client))
-        for path in (launcher.home / ".local" / "state" / "tml" / "jobs").glob("*.json"):
+        for path in records(launcher):
             until(lambda path=path: json.loads(path.read_text())["state"] == "ended")
             path.unlink()
 
@@ -678,5 +651,5 @@ def test_an_engine_that_does_not_come_back_is_given_up_at_the_second_signal(
         relay.up()
     for found in containers(client):
         client.remove_container(found["Id"], force=True)
-    for network in client.networks(filters={"label": f"tml.project=p{os.getpid()}/standin"}):
+    for network in networks(client):
         client.remove_network(network["Id"])
