@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tml.layout import fold
+
 Record = dict[str, Any]
 
 MAX_RATES_SHOWN = 3
@@ -73,9 +75,9 @@ class MetricLog:
             self.console.print(train_line(record))
 
     def say(self, text: str) -> None:
-        """Print one line for the person who watches; rank 0 only."""
+        """Print a line for the person who watches, broken where it is wide; rank 0 only."""
         if self._speaks:
-            self.console.print(text, markup=False)
+            self.console.print(fold(text), markup=False)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -351,7 +351,7 @@ class Loop(Generic[BatchT]):
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         shown = "  ".join(f"{name} {value:.6f}" for name, value in numbers.items())
         if numbers:
-            self.log.say(f"     validation at step {step:,}: {shown}")
+            self.log.say(f"validation at step {step:,}: {shown}")
 
 
 class _Ahead(Generic[BatchT]):

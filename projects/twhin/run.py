@@ -387,8 +387,9 @@ def _describe(config: TwhinConfig, job: Job, num_edges: int, total_steps: int) -
     tables = config.model.embeddings.tables
     rows = ", ".join(f"{table.num_embeddings:,} {table.name}" for table in tables)
     processes = f"{job.world_size} process{'es' if job.world_size > 1 else ''}"
+    num_relations = len(config.model.relations)
     return (
-        f"{num_edges:,} edges, {len(config.model.relations)} relations; {rows}; D = "
+        f"{num_edges:,} edges, {num_relations} relation{'s' * (num_relations > 1)}; {rows}; D = "
         f"{tables[0].embedding_dim}; {total_steps:,} steps of {config.training.num_epochs} "
         f"epoch{'s' if config.training.num_epochs > 1 else ''}; {processes} on {job.device.type}"
     )

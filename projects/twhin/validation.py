@@ -201,17 +201,18 @@ def _means(report: Report, goal: Goal) -> dict[str, float]:
 
 
 def _line(record: dict[str, Any], goal: Goal, *, is_best: bool) -> str:
-    """`validation at step 1,200: mrr .3523  hits@1 .2601  hits@10 .5402  (7.1 s)  best so far`."""
+    """`validation at step 1,200: mrr .3523  hits@10 .5402  7.1 s  best so far`: 80 columns, unless
+    the goal is of a relation; the record has the other numbers.
+    """
     cut = f"@{goal.metric.partition('@')[2]}"
     is_link = "mrr" in record
-    others = ("mrr", "hits@1", "hits@10") if is_link else (f"recall{cut}", f"ndcg{cut}")
+    others = ("mrr", "hits@10") if is_link else (f"recall{cut}", f"ndcg{cut}")
     names = dict.fromkeys((str(goal), *others))
     numbers = "  ".join(f"{name} {_short(record[name])}" for name in names)
-    place = "best so far" if is_best else f"best at step {record['best_step']:,}"
-    return (
-        f"     validation at step {record['step']:,}: {numbers}  ({record['seconds']:.1f} s)  "
-        f"{place}"
-    )
+    place = "best so far" if is_best else f"best at {record['best_step']:,}"
+    seconds = record["seconds"]
+    took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
+    return f"validation at step {record['step']:,}: {numbers}  {took}  {place}"
 
 
 def _short(value: float) -> str:
