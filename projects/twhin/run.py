@@ -30,6 +30,7 @@ from projects.twhin import (
     drift,
     evaluator,
     export,
+    finished,
     finite,
     planted,
     vocabulary,
@@ -176,11 +177,6 @@ def run(
                 missing_ok=True
             )  # of the run before it was prolonged
         log.say(_describe(config, job, reader.num_rows, total_steps))
-        if progress.step and progress.step >= total_steps:
-            log.say(
-                f"the run is finished, nothing is left to train; --repeat moves {save_dir} "
-                "aside and trains anew, --overwrite_save_dir removes it first"
-            )
 
         def update(batch: EdgeBatch, step: int) -> StepResult:
             rates = tables.set_learning_rates(step)
@@ -249,15 +245,34 @@ def run(
                 f"step {best_step:,} of {progress.step:,} is the best by validation: it is what is "
                 "exported and tested"
             )
+        split = "test" if config.test_data else "validation"
+        measured, there = None, finished.Found()
+        if job.is_chief and evaluates and (config.test_data or config.validation_data):
+            measured = finished.how_measured(config, split)
+        if job.is_chief and progress.step and progress.step == progress_at_start:
+            there = finished.look(save_dir, save_dir / VECTORS, ends, measured)
+            log.say(
+                f"the run is finished, nothing is left to train: step {progress.step:,} of "
+                f"{total_steps:,}; {there.in_words}; --repeat moves {save_dir} aside and trains "
+                "anew, --overwrite_save_dir removes it first"
+            )
+            if there.report is not None:
+                log.console.print(render(there.report))
+        measured, there = distributed.gather((measured, there))[0]
+        if there.is_whole:
+            return None
         folder = save_dir / str(ends.get("best_step", progress.step))
         vectors = export.load_vectors(folder, config.model)
-        if job.is_chief:
+        if job.is_chief and there.vectors is None:
             step = int(folder.name)
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS, step=step)
-            log.say(f"vectors: {save_dir / VECTORS}: {', '.join(path.name for path in paths)}")
-        split = "test" if config.test_data else "validation"
+            log.say(f"vectors: {export.listed(paths)}")
+        if there.report is not None:
+            distributed.barrier()
+            return None
         report: Report = {}
-        if evaluates and (config.test_data or config.validation_data):
+        if measured is not None:
+            ends[finished.MEASURED] = measured
             report = evaluate_split(config, split, vectors, job)
             if job.is_chief:
                 log.console.print(render(report))
