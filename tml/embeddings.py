@@ -472,7 +472,47 @@ class _PlainWhole(torch.autograd.Function):
 
 
 class ShardedTables(Tables):
-    """Tables cut by rows over the processes, by TorchRec; ids and rows travel by all-to-all.
+    """Tables cut by rows over the processes, by TorchRec, whose collections hold tables of one
+    dimension and data type each: vectors in one, their biases in another.
+
+    Collections are looked up one behind the other. Autograd goes back through what was made later
+    first, so the backward pass meets them in the opposite order in every process, whatever its
+    batch holds, and their all-to-alls find each other.
+    """
+
+    def __init__(self, specs: Sequence[TableSpec], job: Job) -> None:
+        super().__init__(specs)
+        kinds = dict.fromkeys((spec.dim, spec.data_type) for spec in specs)
+        self._collections = nn.ModuleList(
+            _ShardedCollection([spec for spec in specs if (spec.dim, spec.data_type) == kind], job)
+            for kind in kinds
+        )
+
+    def forward(self, ids: Ids) -> Rows:
+        """Look up; see Tables."""
+        return {name: rows for one in self._all() for name, rows in one(ids).items()}
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """See Tables."""
+        rates = [one.set_learning_rates(step) for one in self._all()]
+        return {name: rate for found in rates for name, rate in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        """See Tables."""
+        return {name: tensor for one in self._all() for name, tensor in one.state().items()}
+
+    def fill(self, name: str, rows: RowSource) -> None:
+        """See Tables."""
+        for one in self._all():
+            if name in [spec.name for spec in one.specs]:
+                one.fill(name, rows)
+
+    def _all(self) -> list["_ShardedCollection"]:
+        return [one for one in self._collections if isinstance(one, _ShardedCollection)]
+
+
+class _ShardedCollection(Tables):
+    """Tables of one dimension and data type; ids and rows travel by all-to-all.
 
     Row-wise alone: it balances memory and work for any table, and an accumulator a row stays one
     number a row (column-wise sharding would give row-wise Adagrad one a shard and so make training
@@ -481,12 +521,6 @@ class ShardedTables(Tables):
 
     def __init__(self, specs: Sequence[TableSpec], job: Job) -> None:
         super().__init__(specs)
-        dims = {spec.name: spec.dim for spec in specs}
-        if len(set(dims.values())) > 1:
-            raise ConfigError(
-                f"tables of several dimensions ({dims}), such as biases beside vectors, work in "
-                f"one process alone, not in {job.world_size}; start one, or leave the biases out"
-            )
         # Both warn of what is meant: a topology made by hand, a module that is not traced.
         for name in ("torchrec", "torch.fx._symbolic_trace"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -644,6 +678,7 @@ def copy_rows(weight: Tensor, rows: RowSource, first_row: int) -> None:
         weight[start:stop].copy_(block)
         if weight.dtype == torch.float16:
             _refuse_overflow(block, first_row + start)
+        del block  # before the next one is made
 
 
 def _refuse_overflow(rows: Tensor, first_row: int) -> None:

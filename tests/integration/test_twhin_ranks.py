@@ -26,9 +26,9 @@ class DenseTables(Tables):
 
     def __init__(self, specs: list[Any]) -> None:
         super().__init__(specs)
-        self.weights = torch.nn.ParameterDict(
-            {s.name: NormalRows(4, i, s)(0, s.num_rows) for i, s in enumerate(specs)}
-        )
+        self.weights = {
+            s.name: NormalRows(4, i, s)(0, s.num_rows).requires_grad_() for i, s in enumerate(specs)
+        }
 
     def forward(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.weights[name][ids[name]] for name in self.weights}
@@ -61,7 +61,8 @@ def reference(optimizer: str, world_size: int) -> dict[str, Tensor]:
         ).backward()
         for spec in tables.specs:
             weight, lr = tables.weights[spec.name], spec.optimizer.settings.lr
-            gradient = weight.grad
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
             with torch.no_grad():
                 if optimizer == "sgd":
                     weight -= lr * gradient
