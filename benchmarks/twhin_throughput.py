@@ -193,7 +193,7 @@ def breakdown(path: str, steps: int) -> dict[str, Any]:
     tables = build_tables(table_specs(config.model), ALONE, 1)
     assert isinstance(tables, RowTables)
     (table,) = tables._tables.values()
-    for owner, method, name in ((tables, "forward", "gather"), (table, "_update_rows", "update")):
+    for owner, method, name in ((tables, "forward", "gather"), (table, "update_rows", "update")):
         original = getattr(owner, method)
 
         def wrapped(*given: Any, act: Callable[..., Any] = original, name: str = name) -> Any:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from projects.twhin.comparators import SMALLEST_SQUARE, Comparator, wide
 from projects.twhin.scoring import Entities, Queries, chunked
+from tml.native.kernels import load_kernels
 
 SMALLEST_ROOT = 1.001 * SMALLEST_SQUARE**0.5
 """A distance that is no greater has no gradient."""
@@ -59,13 +60,22 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Hits:
+    """Accidental hits that a kernel finds: where a query's true entity is in its chunk's ids."""
+
+    true_ids: Tensor  # (n,)
+    ids: Tensor  # (chunks, K)
+    chunk_size: int
+
+
+@dataclass(frozen=True)
 class Negatives:
     """Candidates that the queries of a chunk share."""
 
     entities: Entities  # (chunks, K, D)
     chunk_size: int
-    hidden: Tensor
-    """Accidental hits: (n, K) bool, or their places in (n, K) as one row of numbers."""
+    hidden: Tensor | Hits
+    """Accidental hits: (n, K) bool, or their places in (n, K) as one row of numbers, or `Hits`."""
     log_counts: Tensor | None = None  # (chunks, K)
 
 
@@ -79,10 +89,12 @@ class Written(torch.autograd.Function):
         return tuple(one if one is None else one.mul_(above[0]) for one in gradients)
 
 
-def accidental_hits(true_ids: Tensor, ids: Tensor, chunk_size: int) -> Tensor:
+def accidental_hits(true_ids: Tensor, ids: Tensor, chunk_size: int) -> Tensor | Hits:
     """Where a negative is the query's true entity: `Negatives.hidden` of true_ids (n,) and ids
     (chunks, K).
     """
+    if not ids.is_cuda and load_kernels() is not None:
+        return Hits(true_ids.contiguous(), ids.contiguous(), min(chunk_size, len(true_ids)))
     true = chunked(true_ids, chunk_size, padding=-1)
     if ids.is_cuda:
         return (true.unsqueeze(2) == ids.unsqueeze(1)).flatten(0, 1)[: len(true_ids)]
@@ -127,40 +139,16 @@ class _Shared(torch.autograd.Function):
     ) -> Tensor:
         comparator, negatives, weight, objective = rest
         vectors, biases = more[: len(negatives)], more[len(negatives) :]
-        products = _Dots() if comparator in ("dot", "cosine") else _Distances(comparator)
+        products = Dots() if comparator in ("dot", "cosine") else Distances(comparator)
         positive = products.pairs(queries, true)
         if true_bias is not None:
             positive += true_bias
         if extra is not None:
             positive += extra
-        t = objective.temperature or 1.0
-        matrices = []  # (chunks · C, K) each
-        for one, candidates, bias in zip(negatives, vectors, biases, strict=True):
-            assert candidates is not None
-            scores = products.shared(chunked(queries, one.chunk_size), candidates)
-            if bias is not None:
-                scores += bias.unsqueeze(1)
-            if t != 1.0:
-                scores /= t
-            if one.log_counts is not None:
-                scores -= one.log_counts.unsqueeze(1)
-            matrices.append(scores.flatten(0, 1))
-        n = len(queries)
-        rows = [matrix[:n] for matrix in matrices]
-        for one, own in zip(negatives, rows, strict=True):
-            if one.hidden.dtype == torch.bool:
-                own.masked_fill_(one.hidden, -torch.inf)
-            else:
-                own.view(-1).index_fill_(0, one.hidden, -torch.inf)
-        together = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        if extra is not None:
-            together += extra.unsqueeze(1)
-        loss, d_positive = _derive(positive, together, weight, objective)
-        if any(ctx.needs_input_grad):
-            if len(rows) > 1:
-                torch.split_with_sizes_copy(together, [own.shape[1] for own in rows], 1, out=rows)
-            for matrix in matrices:
-                matrix[n:] = 0.0
+        keeps = any(ctx.needs_input_grad)
+        given = (queries, positive, negatives, vectors, biases, weight, objective)
+        loss, matrices, d_positive = score_side(products, *given, extra=extra, keeps=keeps)
+        if keeps:
             ctx.made = (products, matrices, d_positive, extra is not None, rest)
             ctx.half = torch.is_autocast_enabled(queries.device.type)
             ctx.save_for_backward(true_bias, queries, true, *more)
@@ -173,29 +161,106 @@ class _Shared(torch.autograd.Function):
         negatives = rest[1]
         true_bias, queries, true, *more = ctx.saved_tensors
         vectors, biases = more[: len(negatives)], more[len(negatives) :]
-        n = len(queries)
         d_positive = d_positive * above[0]
         d_extra = d_positive.clone() if has_extra else None
         d_true_bias = None if true_bias is None else d_positive
-        d_queries: Tensor | None = None
-        d_vectors, d_biases = [], []
         with torch.autocast(queries.device.type, torch.bfloat16, enabled=ctx.half):
-            for number, (one, candidates) in enumerate(zip(negatives, vectors, strict=True)):
-                d = matrices[number].mul_(above[0]).view(len(candidates), -1, candidates.shape[1])
-                if d_extra is not None:
-                    d_extra += d.sum(dim=2).flatten()[:n]
-                d_biases.append(None if biases[number] is None else d.sum(dim=1))
-                asked = chunked(queries, one.chunk_size)
-                d_asked, d_candidates = products.derive_shared(number, d, asked, candidates)
-                d_asked = d_asked.flatten(0, 1)[:n]
-                d_queries = d_asked if d_queries is None else d_queries.add_(d_asked)
-                d_vectors.append(d_candidates)
-        assert d_queries is not None
+            d_queries, d_vectors, d_biases = derive_side(
+                products, queries, matrices, negatives, vectors, biases, above[0], d_extra
+            )
         d_true = products.derive_pairs(d_positive, queries, true, d_queries)
         return (None, d_extra, d_true_bias, d_queries, d_true, *d_vectors, *d_biases)
 
 
-class _Dots:
+def score_side(
+    products: "Dots | Distances",
+    queries: Tensor,
+    positive: Tensor,
+    negatives: Sequence[Negatives],
+    vectors: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    weight: Tensor | None,
+    objective: Objective,
+    *,
+    extra: Tensor | None = None,
+    keeps: bool = True,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Loss of queries (n, D) whose true entities score `positive` (n,), its derivatives by the
+    scores with each of `negatives`, (chunks · C, K), and by the positive ones (n,). keeps: False
+    leaves the derivatives out.
+    """
+    t = objective.temperature or 1.0
+    matrices = []  # (chunks · C, K) each
+    for one, candidates, bias in zip(negatives, vectors, biases, strict=True):
+        assert candidates is not None
+        scores = products.shared(chunked(queries, one.chunk_size), candidates)
+        if bias is not None:
+            scores += bias.unsqueeze(1)
+        if t != 1.0:
+            scores /= t
+        if one.log_counts is not None:
+            scores -= one.log_counts.unsqueeze(1)
+        matrices.append(scores.flatten(0, 1))
+    n = len(queries)
+    rows = [matrix[:n] for matrix in matrices]
+    for one, own in zip(negatives, rows, strict=True):
+        _hide(own, one.hidden)
+    together = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    if extra is not None:
+        together += extra.unsqueeze(1)
+    loss, d_positive = _derive(positive, together, weight, objective)
+    if keeps:
+        if len(rows) > 1:
+            torch.split_with_sizes_copy(together, [own.shape[1] for own in rows], 1, out=rows)
+        for matrix in matrices:
+            matrix[n:] = 0.0
+    return loss, matrices, d_positive
+
+
+def derive_side(
+    products: "Dots | Distances",
+    queries: Tensor,
+    matrices: list[Tensor],
+    negatives: Sequence[Negatives],
+    vectors: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    above: Tensor,
+    d_extra: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Gradients of the queries, of the candidates and of their biases, times `above`; without what
+    the pairs add. Those of `extra` are added to d_extra. The matrices are used up.
+    """
+    n = len(queries)
+    d_queries: Tensor | None = None
+    d_vectors: list[Tensor] = []
+    d_biases: list[Tensor | None] = []
+    for number, (one, candidates) in enumerate(zip(negatives, vectors, strict=True)):
+        d = matrices[number].mul_(above).view(len(candidates), -1, candidates.shape[1])
+        if d_extra is not None:
+            d_extra += d.sum(dim=2).flatten()[:n]
+        d_biases.append(None if biases[number] is None else d.sum(dim=1))
+        asked = chunked(queries, one.chunk_size)
+        d_asked, d_candidates = products.derive_shared(number, d, asked, candidates)
+        d_asked = d_asked.flatten(0, 1)[:n]
+        d_queries = d_asked if d_queries is None else d_queries.add_(d_asked)
+        d_vectors.append(d_candidates)
+    assert d_queries is not None
+    return d_queries, d_vectors, d_biases
+
+
+def _hide(scores: Tensor, hidden: Tensor | Hits) -> None:
+    """scores (n, K) become −∞ where `hidden` says; see Negatives."""
+    if isinstance(hidden, Hits):
+        kernels = load_kernels()
+        assert kernels is not None
+        kernels.hide(scores, hidden.true_ids, hidden.ids, hidden.chunk_size)
+    elif hidden.dtype == torch.bool:
+        scores.masked_fill_(hidden, -torch.inf)
+    else:
+        scores.view(-1).index_fill_(0, hidden, -torch.inf)
+
+
+class Dots:
     """Scores by dot products, in bfloat16 under autocast."""
 
     def pairs(self, queries: Tensor, true: Tensor) -> Tensor:
@@ -219,7 +284,7 @@ class _Dots:
         return queries * d
 
 
-class _Distances:
+class Distances:
     """Scores −‖q − c‖² or its root, by ‖q‖² + ‖c‖² − 2⟨q, c⟩. Large numbers cancel: never in
     bfloat16.
     """
@@ -238,7 +303,7 @@ class _Distances:
         return self._true_roots.neg()
 
     def shared(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """See _Dots."""
+        """See Dots."""
         with torch.autocast(queries.device.type, enabled=False):
             squares = torch.baddbmm(
                 candidates.square().sum(dim=2).unsqueeze(1),
@@ -256,7 +321,7 @@ class _Distances:
     def derive_shared(
         self, number: int, d: Tensor, queries: Tensor, candidates: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See _Dots."""
+        """See Dots."""
         if self._has_root:
             roots = self._roots[number]
             d.div_(roots).masked_fill_(roots <= SMALLEST_ROOT, 0.0)
@@ -279,7 +344,7 @@ class _Distances:
         return d_queries, d_candidates
 
     def derive_pairs(self, d: Tensor, queries: Tensor, true: Tensor, d_queries: Tensor) -> Tensor:
-        """See _Dots."""
+        """See Dots."""
         if self._true_roots is not None:
             roots = self._true_roots
             d = (d / roots).masked_fill_(roots <= SMALLEST_ROOT, 0.0)
@@ -304,14 +369,25 @@ def _softmax(
 ) -> tuple[Tensor, Tensor]:
     """See _derive; `negative` is divided by the temperature already."""
     positive = positive / temperature
+    share = torch.full_like(positive, 1 / temperature) if weight is None else weight / temperature
+    kernels = load_kernels()
+    if kernels is not None and _suits_kernels(positive, negative, share):
+        loss, d_positive = kernels.softmax(negative, positive, share, LEAST_LOG)
+        return _weighted(loss, weight), d_positive
     top = torch.maximum(negative.amax(dim=1), positive)
     negative.sub_(top.unsqueeze(1)).clamp_min_(LEAST_LOG).exp_()
     own = (positive - top).exp_()
     total = negative.sum(dim=1) + own
     loss = total.log() + top - positive
-    share = torch.full_like(positive, 1 / temperature) if weight is None else weight / temperature
     negative *= (share / total).unsqueeze(1)
     return _weighted(loss, weight), (own / total - 1) * share
+
+
+def _suits_kernels(*tensors: Tensor) -> bool:
+    return all(
+        one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous()
+        for one in tensors
+    )
 
 
 def _logistic(

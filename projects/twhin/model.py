@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projects.twhin import gradients, one_vs_all
+from projects.twhin import gradients, one_vs_all, translated
 from projects.twhin.anchors import Anchors
 from projects.twhin.asked import (
     ids_by_table,
@@ -612,27 +612,53 @@ def written_loss(
     in_batch = None
     if size := data.in_batch_negatives:
         in_batch = in_batch_mask(group, size + 1)
-    total = torch.zeros((), device=vectors.lhs.vectors.device)
+    lhs, rhs = vectors.lhs, vectors.rhs
+    negatives = {side: _negatives(group, side, vectors, in_batch, data) for side in sides}
+    if translated.are_translated(scoring, objective, lhs, rhs, both_sides=len(sides) == 2):
+        return translated.translated_loss(
+            lhs.vectors,
+            rhs.vectors,
+            scoring.operators.get_parameter("translations"),
+            group.relation,
+            negatives["lhs"],
+            negatives["rhs"],
+            weight,
+            objective,
+        )
+    total = torch.zeros((), device=lhs.vectors.device)
     for side in sides:
-        asking, true = (vectors.rhs, vectors.lhs) if side == "lhs" else (vectors.lhs, vectors.rhs)
+        asking, true = (rhs, lhs) if side == "lhs" else (lhs, rhs)
         queries = scoring.queries(side, asking, group.relation, needs_extra=objective.needs_extra)
-        negatives = []
-        if data.global_negatives:
-            negatives.append(_drawn(group, side, vectors, data.chunk_size))
-        if in_batch is not None:
-            mask = in_batch.transpose(1, 2) if side == "lhs" else in_batch
-            hidden = mask.flatten(0, 1)[: len(group.lhs)]
-            negatives.append(gradients.Negatives(true.chunks(size + 1), size + 1, hidden))
         counts = scoring.reciprocal or side == sides[-1]
         total = total + gradients.shared_loss(
             scoring.comparator,
             queries,
             true,
-            negatives,
+            negatives[side],
             weight,
             dataclasses.replace(objective, counts_positive=counts),
         )
     return total
+
+
+def _negatives(
+    group: Group,
+    side: Side,
+    vectors: EdgeVectors,
+    in_batch: Tensor | None,
+    data: DataConfig,
+) -> list[gradients.Negatives]:
+    """All negatives of a side; in_batch: see in_batch_mask."""
+    found = []
+    if data.global_negatives:
+        found.append(_drawn(group, side, vectors, data.chunk_size))
+    if in_batch is not None:
+        size = data.in_batch_negatives + 1
+        true = vectors.lhs if side == "lhs" else vectors.rhs
+        mask = in_batch.transpose(1, 2) if side == "lhs" else in_batch
+        hidden = mask.flatten(0, 1)[: len(group.lhs)]
+        found.append(gradients.Negatives(true.chunks(size), size, hidden))
+    return found
 
 
 def _drawn(group: Group, side: Side, vectors: EdgeVectors, chunk_size: int) -> gradients.Negatives:

@@ -62,6 +62,9 @@ DOCKER_TLS_VERIFY = "DOCKER_TLS_VERIFY"
 ARGCOMPLETE = "_ARGCOMPLETE"
 """Set where a shell asks for completions instead of a verb."""
 XDG_RUNTIME_DIR, XDG_STATE_HOME = "XDG_RUNTIME_DIR", "XDG_STATE_HOME"
+XDG_CACHE_HOME = "XDG_CACHE_HOME"
+TML_NATIVE = "TML_NATIVE"
+"""0: torch does what compiled kernels (tml/native) would do."""
 NO_COLOR = "NO_COLOR"
 """Anything: no colours, as many programs have it."""
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
@@ -180,6 +183,17 @@ def home(env: Mapping[str, str] = os.environ) -> Path:
         raise ValueError(
             "HOME is not set and this user has no entry in the user database: export HOME"
         ) from None
+
+
+def cache_home() -> Path:
+    """The caller's folder of what can be made again."""
+    given = os.environ.get(XDG_CACHE_HOME)
+    return Path(given) if given else home() / ".cache"
+
+
+def wants_native() -> bool:
+    """Whether compiled kernels may be used."""
+    return _integer(TML_NATIVE, 1) != 0
 
 
 def is_secret_name(name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Kernels in C: rows updated in one pass, and the scores of drawn negatives."""
