@@ -130,8 +130,8 @@ class NormalRows(RowSource):
             rows = generator.standard_normal((num_rows, self._spec.dim), dtype=np.float32)
             blocks.append(rows)
         offset = first * INIT_BLOCK_ROWS
-        together = torch.from_numpy(np.concatenate(blocks))
-        return together[start - offset : stop - offset] * self._spec.init_scale
+        together = torch.from_numpy(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
+        return together[start - offset : stop - offset].mul_(self._spec.init_scale)
 
 
 class ArrayRows(RowSource):

@@ -140,6 +140,11 @@ class EdgeLayout:
             self._samplers[key] = NegativeSampler(self.num_rows[table], degrees, power)
         return self._samplers[key]
 
+    def smallest_type(self) -> type[np.int32 | np.int64]:
+        """The smallest type that holds every id."""
+        largest = max(len(self.relations), *self.num_rows.values())
+        return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+
     def check(self, columns: Columns, path: str, first_row: int) -> None:
         """Refuse ids out of range; they would be read as another entity's row, or crash."""
         relation = columns["rel"]
@@ -177,6 +182,7 @@ def build_reader(
         config.shuffle_rows,
         layout.check,
         group_by=partial(_questions, layout, config) if config.grouped else None,
+        hold_as=layout.smallest_type(),
     )
 
 
@@ -184,7 +190,7 @@ def _questions(layout: EdgeLayout, config: DataConfig, columns: Columns, epoch: 
     """A key of each edge's question in `epoch`: the relation and the entity that asks."""
     (side,) = config.sides(epoch)
     asking = columns["lhs" if side == "rhs" else "rhs"]
-    keys: Ints = asking * len(layout.relations) + columns["rel"]
+    keys: Ints = asking.astype(np.int64) * len(layout.relations) + columns["rel"]
     return keys
 
 

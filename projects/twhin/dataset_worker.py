@@ -5,7 +5,7 @@ negatives.
 """
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -14,24 +14,31 @@ import torch
 from projects.twhin.config import TwhinConfig
 from projects.twhin.data import COLUMNS, EdgeLayout, build_reader
 from tml import logs
-from tml.data import flight
-from tml.data.flight import Remote
 from tml.data.parquet import Position, ReadBatch, Reader, ShuffledReader
 from tml.distributed import Job
+from tml.machines import environment
+
+if TYPE_CHECKING:  # a run that reads its own edges does without
+    from tml.data.flight import Batch, Remote
 
 
 def training_reader(config: TwhinConfig, layout: EdgeLayout, job: Job) -> Reader:
     """The reader of the edges that this process trains on: from a data set worker where the job has
     any, else from the files.
     """
-    workers = flight.addresses()
-    if not workers:
-        return _read_here(config, layout, job.rank, job.world_size)
-    return ServedReader(Remote(workers, job.rank, job.world_size, _settings(config)))
+    if environment.get(environment.TML_DATASETWORKERS):
+        from tml.data import flight
+
+        if workers := flight.addresses():
+            remote = flight.Remote(workers, job.rank, job.world_size, _settings(config))
+            return ServedReader(remote)
+    return _read_here(config, layout, job.rank, job.world_size)
 
 
 def serve(config: TwhinConfig) -> NoReturn:
     """Be the data set worker of the job that trains `config`, until a signal comes."""
+    from tml.data import flight
+
     logs.set_up(0)
     torch.set_num_threads(1)
     layout = EdgeLayout(config.model)
@@ -44,7 +51,7 @@ def serve(config: TwhinConfig) -> NoReturn:
 class ServedReader:
     """Edges that a data set worker reads."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: "Remote") -> None:
         self._remote = remote
         assert remote.num_rows is not None
         self.num_rows = remote.num_rows
@@ -81,7 +88,7 @@ class _Served:
     def steps_from(self, position: Any) -> int | None:
         return self._reader.steps_from(Position.from_json(position))
 
-    def batches(self, position: Any) -> Iterator[flight.Batch]:
+    def batches(self, position: Any) -> Iterator["Batch"]:
         for read in self._reader.batches(Position.from_json(position)):
             rows = pa.record_batch({name: pa.array(read.columns[name]) for name in COLUMNS})
             yield (

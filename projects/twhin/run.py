@@ -100,8 +100,6 @@ def run(
         if container.vanishes(save_dir):
             logger.warning("warning: %s", container.advice("--save_dir", save_dir))
         torch.backends.cuda.matmul.allow_tf32 = config.runtime.enable_tensorfloat32
-        if job.device.type == "cpu":
-            keep_freed_memory()
 
         # Data. The chief makes what is missing; the others wait.
         if config.planted is not None and job.is_chief:
@@ -224,6 +222,8 @@ def run(
             stop=stop,
         )
         batches = read_batches(reader, layout, data, job, seed, position, progress.step)
+        if job.device.type == "cpu":
+            keep_freed_memory()
         with prefetch(batches) as ahead:
             try:
                 stopped_by = loop.run(ahead, progress)

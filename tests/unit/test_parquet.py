@@ -2,15 +2,19 @@
 that can be taken up.
 """
 
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tml.data.parquet import (
+    Columns,
     DataError,
     ParquetRows,
     Position,
@@ -215,3 +219,49 @@ class TestBadInput:
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
         with pytest.raises(DataError, match="row 3: column 'x' is null"):
             read_columns(str(tmp_path / "a.parquet"), ["x"])
+
+
+@pytest.mark.parametrize("window", [10, 40])
+def test_numbers_held_as_smaller_ones_are_the_same_in_every_batch(
+    tmp_path: Path, window: int
+) -> None:
+    write(tmp_path / "a.parquet", [7 * value for value in range(40)], row_group=5)
+    rows = ParquetRows(str(tmp_path / "*.parquet"), ["x"])
+
+    def refuse_none(*_: object) -> None:
+        return None
+
+    held = ShuffledReader(rows, 6, 2, 3, 0, 1, window, refuse_none, hold_as=np.int32)
+    whole = ShuffledReader(rows, 6, 2, 3, 0, 1, window, refuse_none)
+    assert values(held) == values(whole)
+    assert {batch.columns["x"].dtype for batch in held.batches(Position())} == {np.dtype(np.int64)}
+
+
+def test_a_number_too_large_for_what_holds_it_comes_to_the_check_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [1, 2**32 + 1], row_group=1)
+    rows = ParquetRows(str(tmp_path / "*.parquet"), ["x"])
+    checked: list[int] = []
+
+    def note(columns: Columns, path: str, first_row: int) -> None:
+        checked.extend(columns["x"].tolist())
+
+    list(ShuffledReader(rows, 2, 1, 0, check=note, hold_as=np.int32).batches(Position()))
+    assert sorted(checked) == [1, 2**32 + 1]
+
+
+def test_a_window_is_in_memory_once_and_let_go_of_before_the_next(tmp_path: Path) -> None:
+    count, window = 1 << 18, 1 << 16
+    write(tmp_path / "a.parquet", list(range(count)), row_group=1 << 12)
+    rows = ParquetRows(str(tmp_path / "*.parquet"), ["x"])
+
+    def peak(**settings: Any) -> int:
+        tracemalloc.start()
+        for _ in ShuffledReader(rows, 1024, 1, 0, 0, 1, window, **settings).batches(Position()):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    # A window and its order, which is int32; a tenth for what is read at the moment.
+    assert peak() < 1.1 * (8 + 4) * window + 200_000
+    assert peak(check=lambda *_: None, hold_as=np.int32) < 1.1 * (4 + 4) * window + 200_000

@@ -15,6 +15,9 @@ little more than its own share of the files.
 
 Without shuffling, the order is that of the files.
 
+One window is in memory at a time, once: a piece is copied into it as soon as it is read, and the
+window is let go of before the next one is read.
+
 A position is the list of stretches that no process has read yet. It can be taken up by any number
 of processes.
 """
@@ -34,7 +37,7 @@ from numpy.typing import NDArray
 Columns = dict[str, Any]
 """Name → array with a row an item, (n,) or (n, width), or `Lists`."""
 Interval = tuple[int, int]
-Rows = range | NDArray[np.int64]
+Rows = range | NDArray[np.integer[Any]]
 """Rows of a window, in the order in which they are read."""
 Check = Callable[[Columns, str, int], None]
 """Called with columns, the file they are from and the number of their first row there; raises
@@ -401,7 +404,9 @@ class ShuffledReader:
 
     num_epochs: None goes on without end. min_rows: a step in which some process would have fewer
     rows than these, which can only be the last of an epoch, is left out. shuffle: False keeps the
-    order of the files. group_by: rows of one key follow each other; None: all are mixed.
+    order of the files. group_by: rows of one key follow each other; None: all are mixed. hold_as:
+    what the numbers of a window are kept as, such as int32 where `check` refuses all that do not
+    fit; those of a batch are int64 again.
     """
 
     def __init__(
@@ -418,7 +423,9 @@ class ShuffledReader:
         min_rows: int = 0,
         shuffle: bool = True,
         group_by: GroupBy | None = None,
+        hold_as: type[np.integer[Any]] | None = None,
     ) -> None:
+        assert hold_as is None or check is not None
         assert min_rows <= batch_size
         assert shuffle or group_by is None
         self.rows = rows
@@ -432,6 +439,7 @@ class ShuffledReader:
         self._min_rows = min_rows
         self._shuffle = shuffle
         self._group_by = group_by
+        self._hold_as = hold_as
         if not self._steps(rows.num_rows):
             raise DataError(
                 f"{rows.pattern} has {rows.num_rows:,} rows, too few for a step of {world_size} "
@@ -517,10 +525,11 @@ class ShuffledReader:
                 if a < stop and b > start
             ]
             if wanted:
-                columns = _read_pieces(self.rows, window, self._check)
+                columns = _read_pieces(self.rows, window, self._check, self._hold_as)
                 keys = None if self._group_by is None else self._group_by(columns, epoch)
-                seeds = [self._seed, epoch, number]
-                yield columns, self._choose(wanted, stop - start, seeds, keys)
+                chosen = self._choose(wanted, stop - start, [self._seed, epoch, number], keys)
+                yield columns, chosen
+                del columns, chosen, keys  # before the next window is read
             start = stop
 
     def _choose(
@@ -533,13 +542,14 @@ class ShuffledReader:
         """Which rows of a window of `num_rows` are read, in their order."""
         if not self._shuffle and len(wanted) == 1:
             return range(*wanted[0])  # no copy
-        order = np.arange(num_rows)
+        small = num_rows <= np.iinfo(np.int32).max
+        order: NDArray[Any] = np.arange(num_rows, dtype=np.int32 if small else np.int64)
         if self._shuffle:
             generator = np.random.default_rng(seeds)
-            order = generator.permutation(num_rows)
+            generator.shuffle(order)
             if keys is not None:
                 order = _group(order, keys, generator)
-        return np.concatenate([order[a:b] for a, b in wanted])
+        return order if wanted == [(0, num_rows)] else concatenate([order[a:b] for a, b in wanted])
 
     def _windows(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         window: list[Piece] = []
@@ -564,21 +574,29 @@ class ShuffledReader:
         for columns, chosen in stream:
             start = 0
             while start < len(chosen):
-                part = chosen[start : start + self.batch_size - num_rows]
-                rows = slice(part.start, part.stop) if isinstance(part, range) else part
-                parts.append({name: values[rows] for name, values in columns.items()})
-                start += len(part)
-                num_rows += len(part)
+                stop = min(start + self.batch_size - num_rows, len(chosen))
+                parts.append(self._take(columns, chosen[start:stop]))
+                num_rows += stop - start
+                start = stop
                 if num_rows == self.batch_size:
                     yield _join_columns(parts)
                     parts, num_rows = [], 0
+            del columns, chosen  # before the next window is read
         if parts:
             yield _join_columns(parts)
 
+    def _take(self, columns: Columns, part: Rows) -> Columns:
+        """Some rows of a window, for a batch."""
+        rows = slice(part.start, part.stop) if isinstance(part, range) else part
+        taken = {name: values[rows] for name, values in columns.items()}
+        if self._hold_as is None:
+            return taken
+        return {name: _held_as(values, np.int64) for name, values in taken.items()}
+
 
 def _group(
-    order: NDArray[np.int64], keys: NDArray[np.int64], generator: np.random.Generator
-) -> NDArray[np.int64]:
+    order: NDArray[Any], keys: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[Any]:
     """`order` rearranged so that rows of one key follow each other, the keys in random order."""
     distinct, number = np.unique(keys[order], return_inverse=True)
     place = generator.permutation(len(distinct))
@@ -633,14 +651,41 @@ def _length(intervals: Sequence[Interval]) -> int:
     return sum(stop - start for start, stop in intervals)
 
 
-def _read_pieces(rows: ParquetRows, pieces: Sequence[Piece], check: Check | None) -> Columns:
-    read = []
+def _read_pieces(
+    rows: ParquetRows,
+    pieces: Sequence[Piece],
+    check: Check | None,
+    hold_as: type[np.integer[Any]] | None = None,
+) -> Columns:
+    """The columns of all pieces, each piece copied as soon as it is read; see `ShuffledReader`."""
+    num_rows = sum(piece.num_rows for piece in pieces)
+    whole: Columns = {}
+    lists: dict[str, list[Lists]] = {}
+    start = 0
     for piece in pieces:
         columns = rows.read(piece)
         if check is not None:
             check(columns, piece.path, piece.file_row)
-        read.append(columns)
-    return _join_columns(read)
+        if hold_as is not None:
+            columns = {name: _held_as(values, hold_as) for name, values in columns.items()}
+        if len(pieces) == 1:
+            return columns
+        for name, values in columns.items():
+            if isinstance(values, Lists):
+                lists.setdefault(name, []).append(values)
+                whole[name] = None  # keeps its place
+                continue
+            if name not in whole:
+                whole[name] = np.empty((num_rows, *values.shape[1:]), values.dtype)
+            whole[name][start : start + len(values)] = values
+        start += piece.num_rows
+    return whole | {name: concatenate(parts) for name, parts in lists.items()}
+
+
+def _held_as(values: Any, kind: type[np.integer[Any]]) -> Any:
+    """Whole numbers as another type; everything else as it is."""
+    is_integer = isinstance(values, np.ndarray) and values.dtype.kind == "i"
+    return values.astype(kind, copy=False) if is_integer else values
 
 
 def _join_columns(parts: Sequence[Columns]) -> Columns:
