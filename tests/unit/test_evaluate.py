@@ -13,31 +13,17 @@ from torch import Tensor
 
 from projects.twhin import ranking
 from projects.twhin.config import RelationConfig
-from projects.twhin.edges import Edges, Side, count_unseen, join, of_relations, spread, spread_users
+from projects.twhin.edges import Edges, count_unseen, join, of_relations, spread, spread_users
 from projects.twhin.link_prediction import link_prediction, link_prediction_report
 from projects.twhin.ranking import Report
 from projects.twhin.report import render
 from projects.twhin.retrieval import retrieval, retrieval_report
+from tests.table_scorer import TableScorer, random_edges
 
 
 @dataclass(frozen=True)
 class Named:
     name: str
-
-
-class TableScorer:
-    """Scores read from one (heads, tails) matrix a relation; remembers how many rows were asked for
-    at once.
-    """
-
-    def __init__(self, *matrices: Tensor) -> None:
-        self.matrices = matrices
-        self.asked: list[int] = []
-
-    def score(self, relation: int, side: Side, entities: Tensor) -> Tensor:
-        self.asked.append(len(entities))
-        matrix = self.matrices[relation]
-        return matrix[entities] if side is Side.RHS else matrix.T[entities]
 
 
 def edges(*triples: tuple[int, int, int]) -> Edges:
@@ -47,15 +33,6 @@ def edges(*triples: tuple[int, int, int]) -> Edges:
 
 def names(number: int) -> list[Named]:
     return [Named(f"r{i}") for i in range(number)]
-
-
-def random_edges(number: int, heads: int, relations: int, tails: int, seed: int) -> Edges:
-    random = np.random.default_rng(seed)
-    return Edges(
-        random.integers(0, heads, number),
-        random.integers(0, relations, number),
-        random.integers(0, tails, number),
-    )
 
 
 # Link prediction

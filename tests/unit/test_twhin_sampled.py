@@ -5,7 +5,6 @@ drawing gives.
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from projects.twhin import sampled
 from projects.twhin.config import ModelConfig, RelationConfig
@@ -13,41 +12,9 @@ from projects.twhin.edges import Edges, Side, join
 from projects.twhin.link_prediction import link_prediction, link_prediction_report
 from projects.twhin.model import Vectors, build_operators
 from projects.twhin.sampled import sampled_link_prediction
+from tests.table_scorer import TableScorer, random_edges
 
 ONE = [RelationConfig(name="r0", lhs="u", rhs="v")]
-
-
-class TableScorer:
-    """Scores read from one (heads, tails) matrix a relation; remembers the largest block and
-    the candidates asked for."""
-
-    def __init__(self, *matrices: Tensor) -> None:
-        self.matrices = matrices
-        self.largest = 0
-        self.drawn: list[tuple[int, ...]] = []
-
-    def score(
-        self, relation: int, side: Side, entities: Tensor, candidates: Tensor | None = None
-    ) -> Tensor:
-        matrix = self.matrices[relation]
-        rows = (matrix if side is Side.RHS else matrix.T)[entities]
-        if candidates is not None:
-            self.drawn.append(tuple(candidates.tolist()))
-        found = rows if candidates is None else rows[:, candidates]
-        self.largest = max(self.largest, found.numel())
-        return found
-
-    def num_candidates(self, relation: int, side: Side) -> int:
-        return self.matrices[relation].shape[1 if side is Side.RHS else 0]
-
-
-def random_edges(number: int, heads: int, relations: int, tails: int, seed: int) -> Edges:
-    random = np.random.default_rng(seed)
-    return Edges(
-        random.integers(0, heads, number),
-        random.integers(0, relations, number),
-        random.integers(0, tails, number),
-    )
 
 
 @pytest.mark.parametrize("number", [40, 1000])
