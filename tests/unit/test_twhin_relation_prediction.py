@@ -19,7 +19,7 @@ from projects.twhin.comparators import Comparator
 from projects.twhin.config import DataConfig, ModelConfig, RelationConfig, TwhinConfig
 from projects.twhin.data import EdgeLayout, to_batch
 from projects.twhin.model import TwhinModel, build_prediction, build_scoring, table_specs
-from projects.twhin.operators import Operators
+from projects.twhin.operators import Operator, Operators
 from projects.twhin.relation_prediction import Ends, RelationPrediction, competitors
 from projects.twhin.scoring import Entities, Scoring
 from tml.config import ConfigError, build_config
@@ -31,7 +31,7 @@ ROWS, DIM = 6, 8
 SHARE, TEMPERATURE = 0.7, 0.5
 
 
-def relations_of(*operators: str) -> list[RelationConfig]:
+def relations_of(*operators: Operator) -> list[RelationConfig]:
     """Relations between one table and itself."""
     return [
         RelationConfig(name=str(number), lhs="e", rhs="e", operator=operator)
@@ -97,7 +97,7 @@ def one_by_one(
 )
 def test_gradients_are_those_of_scoring_each_relation_by_autograd(
     comparator: Comparator,
-    kinds: list[str],
+    kinds: list[Operator],
     reciprocal: bool,
     side: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,11 +106,10 @@ def test_gradients_are_those_of_scoring_each_relation_by_autograd(
     relations = relations_of(*kinds)
     operators = Operators(kinds * (1 + reciprocal), DIM, 0.5, seed=1).double()
     generator = torch.Generator().manual_seed(2)
-    number = {"generator": generator, "dtype": torch.float64}
-    rows = [torch.randn(n, DIM, **number, requires_grad=True) for n in (4, 5)]
+    rows = [torch.randn(n, DIM, generator=generator).double().requires_grad_() for n in (4, 5)]
     places = [torch.randint(n, (9,), generator=generator) for n in (4, 5)]
     relation = torch.randint(len(kinds), (9,), generator=generator).sort().values
-    weight = torch.rand(9, **number)
+    weight = torch.rand(9, generator=generator).double()
     leaves = [*rows, *operators.parameters()]
 
     scoring = Scoring(relations, operators, comparator, reciprocal=reciprocal)
@@ -128,9 +127,9 @@ def test_gradients_are_those_of_scoring_each_relation_by_autograd(
         temperature=TEMPERATURE,
         reciprocal=reciprocal,
     )
-    ends = [Ends(own, place) for own, place in zip(rows, places, strict=True)]
+    first, second = (Ends(own, place) for own, place in zip(rows, places, strict=True))
     for written in (True, False):
-        found = prediction.loss(("e", "e"), side, relation, *ends, weight, written=written)
+        found = prediction.loss(("e", "e"), side, relation, first, second, weight, written=written)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(
             torch.autograd.grad(found, leaves, materialize_grads=True), gradients
@@ -141,7 +140,7 @@ def typed(relation_weight: float | None, **extra: Any) -> ModelConfig:
     """Of e-e, three relations compete, of e-f two, of f-e none."""
     table = {"num_embeddings": ROWS, "embedding_dim": DIM, "optimizer": {"sgd": {"lr": 1}}}
     joined = ["ee", "ef", "ee", "fe", "ef", "ee"]
-    kinds = extra.pop("kinds", ["complex_diagonal", "translation", "diagonal"] * 2)
+    kinds = ["complex_diagonal", "translation", "diagonal"] * 2
     softmax = {"temperature": TEMPERATURE}
     tree = {
         "embeddings": {"tables": [{"name": "e", **table}, {"name": "f", **table}]},
@@ -211,17 +210,9 @@ def expected_term(config: ModelConfig, sides: tuple[str, ...]) -> tuple[Tensor, 
         heads = leaves[f"tables.{lhs}.weight"][edges["lhs"][mine]]
         tails = leaves[f"tables.{rhs}.weight"][edges["rhs"][mine]]
         for side in sides if config.reciprocal else ("rhs",):
-            ends = (tails, heads) if side == "lhs" else (heads, tails)
-            order = torch.argsort(relation, stable=True)  # operators want stretches of a relation
-            each = one_by_one(
-                scoring,
-                competing,
-                side,
-                relation[order],
-                *(end[order] for end in ends),
-                TEMPERATURE,
-            )
-            total = total + SHARE * ((1 + relation[order]) * each).sum()
+            asking, answering = (tails, heads) if side == "lhs" else (heads, tails)
+            each = one_by_one(scoring, competing, side, relation, asking, answering, TEMPERATURE)
+            total = total + SHARE * ((1 + relation) * each).sum()
     parameters = model.relation_parameters()
     wanted = leaves | parameters
     found = torch.autograd.grad(total, list(wanted.values()), materialize_grads=True)
@@ -262,18 +253,17 @@ def test_every_path_adds_the_same_to_loss_and_gradients(
         torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_a_validation_counts_relations_and_no_penalty() -> None:
-    """Of all rows and of drawn ones."""
-    data = DataConfig(data_root="x", all_negatives=True)
-    config = typed(SHARE, regularization={"n3": 0.1})
+@pytest.mark.parametrize("settings", [{"all_negatives": True}, DRAWN])
+def test_a_validation_counts_relations_and_no_penalty(settings: dict[str, Any]) -> None:
+    data = DataConfig(data_root="x", **settings)
     found = {}
     for weight in (None, SHARE):
         config = typed(weight, regularization={"n3": 0.1})
-        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=True)
+        tables = build_tables(table_specs(config), JOB, seed=3, as_a_whole=data.all_negatives)
         batch = to_batch(columns(), EdgeLayout(config), data, np.random.default_rng(0), 50)
         with torch.no_grad():
             found[weight] = TwhinModel(config, tables, seed=2)(batch, data)
-    term, _ = expected_term(config, ("lhs", "rhs"))
+    term, _ = expected_term(typed(SHARE), ("lhs", "rhs"))
     torch.testing.assert_close(found[SHARE] - found[None], term, rtol=1e-4, atol=1e-3)
 
 
