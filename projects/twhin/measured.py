@@ -38,7 +38,7 @@ def measured_with(config: TwhinConfig, edges: Edges) -> str:
 def _fingerprint(edges: Edges) -> str:
     found = hashlib.blake2b(digest_size=4)
     for column in (edges.lhs, edges.rel, edges.rhs):
-        found.update(np.ascontiguousarray(column))
+        found.update(np.ascontiguousarray(column).data)
     return found.hexdigest()
 
 
