@@ -30,8 +30,6 @@ from tml import checkpoint
 from tml.checkpoint import CheckpointError
 from tml.config import ConfigError, build_config, to_yaml
 from tml.data.parquet import DataError
-from tml.distributed import Job
-from tml.embeddings import ShardedTables
 from tml.train import DivergedError
 
 DIM = 8
@@ -273,14 +271,3 @@ def test_a_loss_that_is_no_number_names_the_row_of_fp16_that_overflowed(
     ):
         start(tree, tmp_path / "run")
     assert not list((tmp_path / "run").glob("[0-9]*"))
-
-
-def test_biases_in_several_processes_are_refused() -> None:
-    from projects.twhin.config import ModelConfig
-    from projects.twhin.model import table_specs
-
-    tree = config_of(Path("x"))["model"]
-    specs = table_specs(ModelConfig.model_validate({**tree, "biases": True}))
-    job = Job(rank=0, world_size=2, local_world_size=2, device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"tables of several dimensions .* one process alone"):
-        ShardedTables(specs, job)
