@@ -1,10 +1,13 @@
 """What programs share: the flag `--set`, and an end in which errors become a line and a code."""
 
 import errno
+import hashlib
 import signal
 import sys
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +21,8 @@ from tml.train import DivergedError
 
 __all__ = ["ORPHANED", "add_overrides", "announce", "exit_code", "fail"]
 
+PATIENCE_S = 2.0
+"""How long a process waits for another one to say what is wrong for both."""
 _LOST_PEER = (
     # gloo
     "closed by peer",
@@ -96,8 +101,40 @@ def add_overrides(parser: ArgumentParser, what: str = "change one setting") -> N
 
 
 def fail(message: str) -> int:
-    """Print `error: message` to stderr; returns 2."""
+    """Print `error: message` to stderr, unless another process of this torchrun did; returns 2."""
+    note = _note_of(message)
+    try:
+        if note is not None:
+            note.touch(exist_ok=False)
+    except FileExistsError:
+        assert note is not None
+        if _is_said(note):
+            return 2
+    except OSError:  # better said twice than not at all
+        note = None
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         f"error: {message}", markup=False, style="red"
     )
+    if note is not None:
+        with suppress(OSError):
+            note.write_text("said")
     return 2
+
+
+def _note_of(message: str) -> Path | None:
+    """The file by which processes of one torchrun know who says it; None without a torchrun."""
+    folder = environment.get(environment.TML_SAID)
+    return Path(folder) / hashlib.blake2b(message.encode()).hexdigest()[:32] if folder else None
+
+
+def _is_said(note: Path) -> bool:
+    """Whether the process that was first has come to say it, as it does in a moment."""
+    ends_at = time.monotonic() + PATIENCE_S
+    while time.monotonic() < ends_at:
+        try:
+            if note.stat().st_size:
+                return True
+        except OSError:
+            return False
+        time.sleep(0.01)
+    return False

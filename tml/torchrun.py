@@ -13,9 +13,12 @@
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import mkdtemp
 
 from tml.machines import container, environment
 
@@ -76,11 +79,28 @@ def _run(arguments: argparse.Namespace, nodes: Nodes | None) -> int:
 
 def _launch(arguments: argparse.Namespace) -> tuple[int, str] | None:
     """Run the ranks of this node; returns the exit status and last words of the first to fail."""
-    try:
-        run.run(arguments)
-    except ChildFailedError as error:
-        return _first_failure(error)
+    with _errors_said_once():
+        try:
+            run.run(arguments)
+        except ChildFailedError as error:
+            return _first_failure(error)
     return None
+
+
+@contextmanager
+def _errors_said_once() -> Iterator[None]:
+    """For processes that are started within: see `program.fail`."""
+    try:
+        folder = mkdtemp(prefix="tml-said-")
+    except OSError:  # no room: then each says it
+        yield
+        return
+    os.environ[environment.TML_SAID] = folder
+    try:
+        yield
+    finally:
+        del os.environ[environment.TML_SAID]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_num_nodes() -> None:

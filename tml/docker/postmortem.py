@@ -52,10 +52,11 @@ def explain_failure(ended: Sequence[Ended], logs: str | None) -> PostMortem:
     cause = shorten(cause, LONGEST_CAUSE)
     # Then the cause is all that there is to say, and it was the last thing that was seen.
     refused = bool(finding) and what == own_error(told) and ends_with_own_error(told)
-    if refused and len(ended) == 1:
-        return PostMortem(cause=cause, text=f"{_name(culprit, ended)} {how}")
+    if refused:
+        where = f"\n  its output: {logs}/{culprit.plan.member}.log" if logs and ended[1:] else ""
+        return PostMortem(cause=cause, text=f"{_name(culprit, ended)} {how}{where}")
     lines = [cause, *_table(ended, culprit)]
-    if told and not refused:
+    if told:
         lines += [f"  last lines of {_name(culprit, ended)}:"]
         lines += [f"    {shorten(line, 400)}" for line in told[-LINES_SHOWN:]]
     if finding and finding.remedy:
