@@ -24,11 +24,19 @@ fi
 
 check "format" "$python" -m ruff format --check .
 check "lint" "$python" -m ruff check .
-check "types" "$python" -m mypy
-check "tests without an engine" "$python" -m pytest -m "not docker" -n 2 --dist loadfile "$@"
+# One process for half a minute: it works beside the tests, and its result comes after theirs.
+types=$(mktemp)
+"$python" -m mypy >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null; rm -f "$types"' EXIT
+wait_for_types() { wait "$mypy"; local status=$?; cat "$types"; return "$status"; }
+# tests/conftest.py has the long files begin.
+shared_out=(--dist loadfile --no-loadscope-reorder)
+check "tests without an engine" "$python" -m pytest -m "not docker" -n 2 "${shared_out[@]}" "$@"
+check "types" wait_for_types
 if ((engine)); then check "image" "$python" -m tml.docker build; fi
-# Two at a time: they mostly wait for containers, and each process has a stand-in project of its own.
-check "tests with an engine" "$python" -m pytest -m docker -n 2 --dist loadfile "$@"
+# Three at a time: they mostly wait for containers, and each process has a stand-in project of its own.
+check "tests with an engine" "$python" -m pytest -m docker -n 3 "${shared_out[@]}" "$@"
 
 status=0
 if ((${#failed[@]})); then

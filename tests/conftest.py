@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ NO_ENGINE = pytest.StashKey[str]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests out that need an engine, where there is none and none is required."""
+    """Begin with the long files where processes share them out, and leave the tests out that need
+    an engine, where there is none and none is required.
+    """
+    if hasattr(config, "workerinput"):  # of pytest-xdist: what comes last, one process does alone
+        _begin_with_long_files(items)
     needing = [item for item in items if item.get_closest_marker("docker")]
     if not needing:
         return
@@ -42,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[LEFT_OUT] = [item.nodeid for item in needing]
     for item in needing:
         item.add_marker(pytest.mark.skip(reason="no Docker Engine answers"))
+
+
+def _begin_with_long_files(items: list[pytest.Item]) -> None:
+    seconds: dict[Path, float] = defaultdict(float)  # roughly
+    for item in items:
+        slow, own_process = item.get_closest_marker("slow"), "integration" in item.path.parts
+        seconds[item.path] += 15 if slow else 3 if own_process else 0.1
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -84,12 +97,17 @@ def until() -> Callable[..., Any]:
 
 @pytest.fixture
 def bare_launcher(tmp_path: Path) -> Launcher:
-    """A launcher that needs no engine; its checkout has the real Dockerfile and requirements."""
+    """A launcher that needs no engine; its checkout has the real Dockerfile and requirements, and
+    kernels that need no compiler.
+    """
     base, home = tmp_path / "checkout", tmp_path / "home"
     home.mkdir()
     base.mkdir()
     shutil.copy(REPOSITORY / "Dockerfile", base)
     shutil.copytree(REPOSITORY / "requirements", base / "requirements")
+    (base / "tml" / "native").mkdir(parents=True)
+    for name in ("build.py", "rows.c"):
+        (base / "tml" / "native" / name).touch()
     launcher = Launcher(base, home)
     launcher.script("true\n")
     return launcher

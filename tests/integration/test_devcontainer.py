@@ -19,7 +19,7 @@ import pytest
 from tml.docker import connection
 from tml.machines import environment
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IDS = (4242, 4343)

@@ -17,7 +17,7 @@ from tml import checkpoint
 from tml.docker.plan import PIDS_LIMIT
 from tml.logs import read_records
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALL = ("datasetworker", "evaluator", "tensorboard")

@@ -13,7 +13,7 @@ from tml.logs import read_records
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def launch(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

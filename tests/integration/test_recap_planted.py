@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RECAP = ROOT / "projects" / "home" / "recap"
 ROWS, BATCH, EPOCHS = 60_000, 512, 3
 
 
+@pytest.mark.slow
 def test_a_small_planted_world_is_learned_and_the_run_says_how_well(tmp_path: Path) -> None:
     rows, run = tmp_path / "rows", tmp_path / "run"
     steps = ROWS * EPOCHS // BATCH
