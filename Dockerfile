@@ -1,5 +1,5 @@
-# local/torch: base → deps (the virtual environment) → runtime → dev. Only dependencies are in the image; the
-# checkout is mounted at /usr/src/app/tml, so editing code never rebuilds.
+# local/torch: base → deps (the virtual environment), native (compiled kernels) → runtime → dev. Only dependencies
+# and kernels are in the image; the checkout is mounted at /usr/src/app/tml, so editing Python never rebuilds.
 #
 #   python -m tml.docker build          what `run` uses: labelled with the hash of what went in
 #   docker compose build, docker build . --target runtime      the same, by BuildKit
@@ -30,8 +30,21 @@ RUN python3 -m venv /opt/venv \
  && PIP_NO_CACHE_DIR=1 bash /build/install.sh /opt/venv/bin/python "${VARIANT}" \
  && echo /usr/src/app/tml > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tml.pth"
 
+# Kernels in C (tml/native/), without which torch does the same more slowly. The compiler stays in this stage; where
+# no package archive can be reached, there is an image without kernels.
+FROM base AS native
+LABEL tml.stage=deps
+COPY tml/native/ /build/native/
+RUN mkdir -p /opt/venv/lib/tml \
+ && compile() { python3 /build/native/build.py /opt/venv/lib/tml; } \
+ && { compile 2>/dev/null \
+      || { apt-get update -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=10 \
+           && apt-get install -y -qq --no-install-recommends gcc libc6-dev >/dev/null && compile; } \
+      || echo "no C compiler could be installed: this image has no kernels, and torch does their work"; }
+
 FROM base AS runtime
 COPY --from=deps /opt/venv /opt/venv
+COPY --from=native /opt/venv/lib/tml /opt/venv/lib/tml
 # The container runs as whoever started it: any user id must be able to reach the mounts below /root and to
 # write caches there. The mount points exist so that the engine need not make them.
 RUN mkdir -p /usr/src/app/tml /root/.config /root/tmp /data && chmod 1777 /root /root/tmp

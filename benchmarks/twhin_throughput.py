@@ -1,4 +1,4 @@
-"""How fast TwHIN trains, beside PyTorch-BigGraph 1.0.0 and a bare loop; its memory, its start.
+"""How fast TwHIN trains, beside PyTorch-BigGraph 1.0.0 and bare loops; its memory, its start.
 
     python benchmarks/twhin_throughput.py [--part throughput reader memory scaling start]
         [--work FOLDER] [--rounds 3] [--epochs 4]                (PYTHONPATH=. of the repository)
@@ -9,10 +9,11 @@ Prints one JSON line a measurement and one with the medians of each part.
 
     throughput  In turns, each in a process of its own: run.py's own program, reading included, by
                 its records from the second to the last; PBG with 2 workers, by its log, which
-                leaves its loading and saving out; and a loop over the same shapes in plain autograd
-                that neither reads nor updates. Then where a step's time goes, and the rate that
-                memory traffic alone would allow: the bytes that a step must move by the rate at
-                which rows are gathered here, in the same process.
+                leaves its loading and saving out; and two loops over the same shapes in plain
+                autograd that neither read nor update: `bare` gathers rows by torch, and `fbgemm`
+                by FBGEMM's table-batched embedding. Then where a step's time goes, and the rate
+                that memory traffic alone would allow: the bytes that a step must move by the rate
+                at which rows are gathered here, in the same process.
     reader      Batches from parquet on one core, without and with the drawing of negatives.
     memory      Resident memory over 10 M edges, above tables and optimizer state.
     scaling     Cost of an edge in runs over 10^5, 10^6 and 10^7 edges.
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,46 @@ def train(path: str, num_epochs: int, log_every: int) -> dict[str, Any]:
 
 
 def bare(seconds: float) -> dict[str, Any]:
-    """Forward and backward by autograd on rows that are gathered, and left alone."""
+    """Forward and backward by autograd on rows that torch gathers."""
     weight = torch.randn(NODES, DIM) * 0.001
+    return autograd_loop(lambda ids: [weight.index_select(0, one) for one in ids], seconds)
+
+
+def fbgemm(seconds: float) -> dict[str, Any]:
+    """The same on rows that FBGEMM looks up."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        EmbeddingLocation,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    table = SplitTableBatchedEmbeddingBagsCodegen(
+        [(NODES, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.1,
+    )
+    table.init_embedding_weights_uniform(-0.001, 0.001)
+    offsets = torch.arange(4 * BATCH + 1)  # bags of one
+
+    @torch.no_grad()
+    def look_up(ids: Sequence[Tensor]) -> Sequence[Tensor]:
+        rows: Tensor = table(torch.cat(list(ids)), offsets)
+        return [piece.detach() for piece in rows.split([len(one) for one in ids])]
+
+    return autograd_loop(look_up, seconds)
+
+
+def autograd_loop(
+    look_up: Callable[[Sequence[Tensor]], Sequence[Tensor]], seconds: float
+) -> dict[str, Any]:
+    """Steps without a reader and without an update; look_up: ids, (n,) each → rows, (n, D) each."""
     translations = torch.zeros(RELATIONS, DIM, requires_grad=True)
     chunks = BATCH // 100
-    shapes = [(BATCH,), (BATCH,), (chunks, NEGATIVES), (chunks, NEGATIVES)]
+    lengths = [BATCH, BATCH, chunks * NEGATIVES, chunks * NEGATIVES]
 
     def step() -> None:
-        found = [weight.index_select(0, torch.randint(NODES, shape).flatten()) for shape in shapes]
+        found = look_up([torch.randint(NODES, (length,)) for length in lengths])
         lhs, rhs, lhs_negatives, rhs_negatives = (one.requires_grad_() for one in found)
         relation = torch.randint(RELATIONS, (BATCH,)).sort().values
         moved = lhs + torch.nn.functional.embedding(relation, translations)
@@ -261,7 +294,7 @@ def read(path: str, num_epochs: int) -> dict[str, Any]:
     return found
 
 
-CHILDREN = {one.__name__: one for one in (train, bare, breakdown, read)}
+CHILDREN = {one.__name__: one for one in (train, bare, fbgemm, breakdown, read)}
 
 
 def in_child(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -279,12 +312,13 @@ def in_child(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[s
 
 
 def measure_throughput(work: Path, rounds: int, num_epochs: int) -> None:
-    """tml, PBG and the bare loop in turns."""
+    """tml, PBG and the bare loops in turns."""
     path = write_parquet(work / "graphs", EDGES)
     python = biggraph.environment(work)
     relations = [{"name": f"r{number}", "operator": "translation"} for number in range(RELATIONS)]
     settings = {**biggraph.SETTINGS, "num_epochs": num_epochs}
-    rates: dict[str, list[dict[str, float]]] = {"tml": [], "biggraph": [], "bare": []}
+    names = ("tml", "biggraph", "bare", "fbgemm")
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         graph = Path(folder) / "graph"
         biggraph.write_graph(python, graph, make_edges(EDGES), NODES)
@@ -299,7 +333,8 @@ def measure_throughput(work: Path, rounds: int, num_epochs: int) -> None:
                     "edges_per_processor_s": edges / sum(epoch.processor_s for epoch in epochs),
                 }
             )
-            rates["bare"].append(in_child(bare, 5.0))
+            for loop in (bare, fbgemm):
+                rates[loop.__name__].append(in_child(loop, 5.0))
             for name, each in rates.items():
                 say(what="training", by=name, **each[-1])
     medians = {
@@ -319,7 +354,7 @@ def measure_throughput(work: Path, rounds: int, num_epochs: int) -> None:
         },
         **{
             f"ratio_to_{name}{suffix}": own[key] / medians[name][key]
-            for name in ("biggraph", "bare")
+            for name in names[1:]
             for suffix, key in (("", "edges_per_s"), ("_by_processor", "edges_per_processor_s"))
         },
     )

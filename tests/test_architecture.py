@@ -23,6 +23,7 @@ LAYERS = (
         "calibration",
         "optimizers",
         "data",
+        "native",
     ),
     ("embeddings", "checkpoint", "row_tables", "early_stopping"),
     ("evaluate", "train", "rendezvous", "torchrun", "run_folder"),

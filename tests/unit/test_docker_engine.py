@@ -204,7 +204,10 @@ def test_inputs_are_hashed_by_content_and_variant(bare_launcher: Any) -> None:
     (base / "requirements" / "dev.txt").write_text("pytest==1\n")
     assert image.hash_inputs(base, "cpu") == before
     (base / "requirements" / "launcher.txt").write_text("docker==7.2.1\n")
-    assert image.hash_inputs(base, "cpu") != before
+    after = image.hash_inputs(base, "cpu")
+    assert after != before
+    (base / "tml" / "native" / "rows.c").write_text("int rows;\n")
+    assert image.hash_inputs(base, "cpu") != after
 
 
 def events(*lines: str) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from projects.twhin import gradients, translated
 from projects.twhin.config import DataConfig, ModelConfig
 from projects.twhin.data import EdgeBatch, EdgeLayout, to_batch
 from projects.twhin.model import (
@@ -656,6 +657,35 @@ def test_written_gradients_are_those_of_autograd(
         data_root="x", global_negatives=0 if everyone else 4, all_negatives=everyone, chunk_size=3
     )
     assert_equal_both_ways(gradients_both_ways(config, data))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "loss", [{"softmax": {"temperature": 0.5}}, {"margin_ranking": {"margin": 1}}]
+)
+@pytest.mark.parametrize(("drawn", "in_batch"), [(4, 0), (4, 3)])
+def test_both_sides_of_translated_edges_have_the_gradients_of_autograd(
+    loss: dict[str, Any],
+    drawn: int,
+    in_batch: int,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = []
+    kept = translated.translated_loss
+    monkeypatch.setattr(
+        translated, "translated_loss", lambda *given: done.append(1) or kept(*given)
+    )
+    if not compiled:  # as where there is no C compiler
+        for module in (gradients, translated):
+            monkeypatch.setattr(module, "load_kernels", lambda: None)
+    config = full_config("translation", loss)
+    data = DataConfig(
+        data_root="x", global_negatives=drawn, in_batch_negatives=in_batch, chunk_size=3
+    )
+    for n in (11, 1):
+        assert_equal_both_ways(gradients_both_ways(config, data, n))
+    assert bool(done) == compiled
 
 
 def test_written_gradients_of_huge_scores_stay_finite() -> None:

@@ -1,8 +1,8 @@
 """The image: what goes into it, and whether the one that is there is current.
 
-An image carries the hash of what went in (Dockerfile, requirements/, arguments) as a label. While
-that agrees nothing is built and nothing is asked of a network. build.py builds; it is imported only
-then.
+An image carries the hash of what went in (Dockerfile, requirements/, the C files of tml/native/,
+arguments) as a label. While that agrees nothing is built and nothing is asked of a network.
+build.py builds; it is imported only then.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ def input_files(checkout: Path, variant: Variant) -> list[Path]:
     sets = {"cpu": ["cpu"], "gpu": ["gpu"], "dev": ["cpu", "export", "dev"]}[variant]
     names = ["install.sh", *(f"{name}.txt" for name in ("launcher", "train", *sets))]
     files = [checkout / "Dockerfile", *(checkout / "requirements" / name for name in names)]
+    native = checkout / "tml" / "native"
+    files += [native / "build.py", *sorted([*native.glob("*.c"), *native.glob("*.h")])]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise LauncherError(f"{missing[0]} is missing: {checkout} is not a whole checkout")

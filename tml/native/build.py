@@ -41,9 +41,14 @@ def library_name() -> str:
     return f"kernels-{digest.hexdigest()[:16]}.so"
 
 
+def find_compiler() -> str | None:
+    """The path of a C compiler."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
 def compile_into(folder: Path) -> Path:
     """Compile into `folder`, under its own name when it is whole."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = find_compiler()
     if compiler is None:
         raise CompileError(f"no C compiler found ({', '.join(COMPILERS)})")
     target = folder / library_name()
