@@ -35,7 +35,8 @@ def _notes(report: Report) -> Iterator[Text]:
         yield Text(f"{edges} hold an entity unseen in training; they are scored as all are")
     if empty := report.get("empty_relations"):
         names = ", ".join(map(_shown_name, empty[:3])) + (", …" if len(empty) > 3 else "")
-        yield Text(f"{len(empty)} relation{'s' * (len(empty) > 1)} without an edge here: {names}")
+        many = "s" * (len(empty) > 1)
+        yield Text(layout.fold(f"{len(empty)} relation{many} without an edge here: {names}"))
 
 
 def _link_table(report: Report, optimum: Report | None) -> RenderableType:
