@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from projects.twhin.best import choose_step
 from tml import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,36 @@ def test_steps_that_are_deleted_do_no_harm_and_a_run_without_evaluation_ends(
     output = ended(evaluator)
     assert 20 in marks(run), output
     assert checkpoint.complete_steps(run) == [20]
+
+
+def test_a_run_that_replaces_a_finished_one_and_is_killed_is_followed_to_its_end(
+    config: Path, tmp_path: Path, until: Any
+) -> None:
+    run = tmp_path / "run"
+    ended(start("chief", config, run))  # another run of before, of steps 5 to 20
+    evaluator = start("evaluator", config, run)
+    # Two hundred checkpoints, so that both are in the middle of them; few are kept.
+    anew = ["--overwrite_save_dir", "--no_evaluation", "--set=training.num_epochs=10"]
+    anew += ["--set=training.checkpoint_every_n=1", "--set=training.checkpoint_max_to_keep=3"]
+    trainer = start("chief", config, run, *anew)
+    until(lambda: max(checkpoint.complete_steps(run), default=0) >= 40, timeout_s=120)
+    trainer.kill()
+    killed_at = checkpoint.complete_steps(run)[-1]
+    assert killed_at < 200
+    assert min(checkpoint.complete_steps(run)) > 20, "nothing is left of the run before"
+    assert evaluator.poll() is None, "it waits for what comes"
+    ended(start("chief", config, run, *anew[1:]))
+    output = ended(evaluator)
+    found = marks(run)
+    assert max(found) == 200, output
+    assert output.count("step 200;") == 1
+    best = json.loads((run / "evaluation" / "best.json").read_text())
+    there = {step: found[step] for step in checkpoint.complete_steps(run) if step in found}
+    mrr = {step: one["link_prediction"]["mean"]["mrr"] for step, one in there.items()}
+    assert best["mrr"] == max(mrr.values()), "of steps that are there, or it could not be exported"
+    # What programs read by default, though the trainer exported its last step.
+    chosen, _ = choose_step(run, None)
+    assert chosen == best["step"]
 
 
 def test_a_stopped_evaluator_ends_at_once(config: Path, tmp_path: Path) -> None:
