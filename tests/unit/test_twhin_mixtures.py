@@ -583,6 +583,8 @@ def test_the_command_line_shows_tables(
     flags = ["--run", str(run_folder), "--relation=b", "--tune", "--k=2,5"]
     assert mixtures.main(flags) == 0
     shown, said = capsys.readouterr()
+    assert "smoothing 0.2" in shown  # by the name of its flag
+    assert "λ" not in shown
     starts = [line.split()[0] for line in said.splitlines()]
     assert starts == ["clustering", "tuning:", "clustering", "measuring"]
     assert all(line.endswith(" …") for line in said.splitlines())
