@@ -137,9 +137,14 @@ def announce_changes(folder: Path, config: Config) -> None:
             )
 
 
-def start_time() -> float:
-    """When this process began, in seconds since 1970."""
-    return float(psutil.Process().create_time())
+def start_time(pid: int | None = None) -> float:
+    """When a process, this one where none is named, began, in seconds since 1970."""
+    created = float(psutil.Process(pid).create_time())
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return created
+    # Linux counts it from the machine's start, of which the date is known to a second only.
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
+    return time.time() - age
 
 
 def seconds_since_start() -> float:

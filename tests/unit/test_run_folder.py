@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_a_program_may_train_into_a_folder_again(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     run_folder.make_room(tmp_path / "run", set())
     assert (tmp_path / "run" / run_folder.LOCK).exists()
+
+
+def test_when_a_process_began_is_known_to_hundredths_of_a_second() -> None:
+    """An evaluator tells by it whether a run was finished before or is its own job's."""
+    before = time.time()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        after = time.time()
+        began = run_folder.start_time(process.pid)
+        process.kill()
+    assert before - 0.05 < began < after + 0.05
