@@ -1,25 +1,22 @@
 """Metrics over processes are those of one process, to the last bit, on every process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import programs
+
 SCRIPT = Path(__file__).with_name("binary_metrics_rows.py")
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, world_size: int) -> list[dict[str, Any]]:
     """What each process saved."""
     folder = folder / str(world_size)
     folder.mkdir()
-    command = [sys.executable, "-m", "tml.torchrun", "--standalone"]
-    command += ["--nproc_per_node", str(world_size), str(SCRIPT), str(folder)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    launch = programs.torchrun(world_size, always=True)
+    done = programs.run(*launch, str(SCRIPT), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
 

@@ -3,12 +3,10 @@ and what is said when a worker is missing, dies, or was started for something el
 """
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests import programs
 from tml import checkpoint
 from tml.data.example import encode_examples
 from tml.data.tfrecord import TFRecordWriter
@@ -127,26 +126,18 @@ class Project:
         self.config.write_text(yaml.safe_dump(tree))
 
     def command(self, *extra: str, ranks: int = 1) -> list[str]:
-        start = [sys.executable]
-        if ranks > 1:
-            start += ["-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
         script, flag = self.program
-        return [*start, script, f"{flag}={self.config}", *extra]
+        return [*programs.torchrun(ranks), script, f"{flag}={self.config}", *extra]
 
     def train(
         self, save_dir: Path, *extra: str, ranks: int = 1, workers: str = ""
     ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            self.command(f"--save_dir={save_dir}", *extra, ranks=ranks),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment(TML_DATASETWORKERS=workers),
-        )
+        command = self.command(f"--save_dir={save_dir}", *extra, ranks=ranks)
+        return programs.run(*command, TML_DATASETWORKERS=workers)
 
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    def start(self, save_dir: Path, *extra: str, workers: str) -> programs.Program:
+        command = self.command(f"--save_dir={save_dir}", *extra)
+        return programs.start(*command, TML_DATASETWORKERS=workers)
 
 
 @pytest.fixture(scope="module", params=["twhin", "recap"])
@@ -178,13 +169,8 @@ class Worker:
 
     def __init__(self, project: Project, log: Path, port: int = 0, *extra: str) -> None:
         self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                project.command(*extra),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(SPEC_TYPE="datasetworker", TML_DATASETWORKER_PORT=str(port)),
-            )
+        role = {"SPEC_TYPE": "datasetworker", "TML_DATASETWORKER_PORT": str(port)}
+        self.process = programs.start(*project.command(*extra), log=log, **role)
 
     @property
     def address(self) -> str:
@@ -217,7 +203,6 @@ def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
     yield start
     for worker in workers:
         worker.process.kill()
-        worker.process.wait()
 
 
 def numbers(save_dir: Path) -> list[Record]:
@@ -266,25 +251,15 @@ def test_two_ranks_with_two_workers_and_one_too_many(
 
 
 def test_a_killed_run_goes_on_with_a_worker_exactly(
-    project: Project, alone: Path, start_worker: StartWorker, tmp_path: Path
+    project: Project, alone: Path, start_worker: StartWorker, tmp_path: Path, until: Any
 ) -> None:
     worker, save_dir = start_worker(project), tmp_path / "run"
-    process = subprocess.Popen(
-        project.command(f"--save_dir={save_dir}"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(TML_DATASETWORKERS=worker.address),
-    )
-    deadline = time.monotonic() + PATIENCE_S
-    while not checkpoint.complete_steps(save_dir) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = project.start(save_dir, workers=worker.address)
+    until(lambda: checkpoint.complete_steps(save_dir), PATIENCE_S)
     process.kill()
-    process.wait()
     assert checkpoint.complete_steps(save_dir)[-1] < checkpoint.complete_steps(alone)[-1]
     # What the trainer had open is closed: the stream ends with who asked for it.
-    while worker.num_files() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert worker.num_files() == 0
+    until(lambda: not worker.num_files(), PATIENCE_S)
     done = project.train(save_dir, workers=worker.address)
     assert done.returncode == 0, done.stderr[-3000:]
     assert numbers(save_dir) == numbers(alone)
@@ -295,45 +270,29 @@ def test_a_killed_run_goes_on_with_a_worker_exactly(
 
 
 def test_a_worker_that_dies_ends_the_run_and_is_named(
-    ranker: Project, start_worker: StartWorker, tmp_path: Path
+    ranker: Project, start_worker: StartWorker, tmp_path: Path, until: Any
 ) -> None:
     worker, save_dir = start_worker(ranker), tmp_path / "run"
-    process = subprocess.Popen(
-        ranker.command(f"--save_dir={save_dir}", *ENDLESS),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(TML_DATASETWORKERS=worker.address),
-    )
-    deadline = time.monotonic() + PATIENCE_S
-    while not checkpoint.complete_steps(save_dir) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = ranker.start(save_dir, *ENDLESS, workers=worker.address)
+    until(lambda: checkpoint.complete_steps(save_dir), PATIENCE_S)
     worker.process.kill()
-    _, errors = process.communicate(timeout=PATIENCE_S)
+    _, errors = process.communicate(PATIENCE_S)
     assert process.returncode == 2, errors
     assert f"connection to data set worker {worker.address} was lost" in errors
     assert "Traceback" not in errors
 
 
 def test_a_worker_goes_on_until_trainers_that_are_stopped_with_it_have_saved(
-    ranker: Project, start_worker: StartWorker, tmp_path: Path
+    ranker: Project, start_worker: StartWorker, tmp_path: Path, until: Any
 ) -> None:
     worker, save_dir = start_worker(ranker), tmp_path / "run"
-    process = subprocess.Popen(
-        ranker.command(f"--save_dir={save_dir}", *ENDLESS),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(TML_DATASETWORKERS=worker.address),
-    )
-    deadline = time.monotonic() + PATIENCE_S
-    while not checkpoint.complete_steps(save_dir) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = ranker.start(save_dir, *ENDLESS, workers=worker.address)
+    until(lambda: checkpoint.complete_steps(save_dir), PATIENCE_S)
     worker.process.terminate()
     time.sleep(0.5)
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 143, output
+    output, errors = process.communicate(PATIENCE_S)
+    assert process.returncode == 143, errors
     assert "saved" in output
     assert worker.process.wait(10) == 0
 

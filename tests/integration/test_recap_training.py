@@ -3,10 +3,8 @@ accumulation, warm start, the evaluator role, prediction, bad input.
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from tests import programs
 from tml import checkpoint
 from tml.logs import read_records
 
@@ -84,38 +83,19 @@ def config_tree(folder: Path, **training: Any) -> dict[str, Any]:
     }
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
 def call(program: str, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, str(RECAP / program), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=environment(**more),
-    )
+    return programs.run(str(RECAP / program), *arguments, **more)
 
 
 def command(config: Path, save_dir: Path, *extra: str, ranks: int = 1) -> list[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    main = str(RECAP / "main.py")
-    return [*start, main, f"--config_path={config}", f"--save_dir={save_dir}", *extra]
+    given = [f"--config_path={config}", f"--save_dir={save_dir}", *extra]
+    return [*programs.torchrun(ranks), str(RECAP / "main.py"), *given]
 
 
 def train(
     config: Path, save_dir: Path, *extra: str, ranks: int = 1
 ) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(config, save_dir, *extra, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment(),
-    )
+    return programs.run(*command(config, save_dir, *extra, ranks=ranks))
 
 
 def records(save_dir: Path) -> list[dict[str, Any]]:
@@ -202,13 +182,7 @@ def test_the_learning_rate_of_each_group_follows_its_own_schedule(unbroken: Path
 
 def kill_at(config: Path, save_dir: Path, step: int, number: int, ranks: int = 1) -> int:
     """Start a run, send it a signal once it has logged `step`, and wait for its end."""
-    process = subprocess.Popen(
-        command(config, save_dir, ranks=ranks),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = programs.start(*command(config, save_dir, ranks=ranks))
     log = save_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and any(r["step"] >= step for r in read_records(log))):
@@ -216,7 +190,7 @@ def kill_at(config: Path, save_dir: Path, step: int, number: int, ranks: int = 1
         assert time.monotonic() < deadline
         time.sleep(0.002)
     if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
+        process.kill()
     else:
         process.send_signal(number)
     return process.wait(60)
@@ -313,32 +287,20 @@ def test_the_evaluator_follows_the_checkpoints_and_marks_partitions_done(
 ) -> None:
     apart = variant(config, tmp_path / "apart.yaml", training__evaluated_by="evaluator")
     run = tmp_path / "run"
-    evaluator = subprocess.Popen(
-        command(apart, run),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(SPEC_TYPE="evaluator"),
-    )
+    evaluator = programs.start(*command(apart, run), SPEC_TYPE="evaluator")
     done = train(apart, run)
     assert done.returncode == 0, done.stderr[-3000:]
-    output, _ = evaluator.communicate(timeout=120)
-    assert evaluator.returncode == 0, output
+    _, errors = evaluator.communicate(120)
+    assert evaluator.returncode == 0, errors
     for step in (8, 16, 24):
-        assert (run / "evaluation" / "all" / f"{step}.json").exists(), output
+        assert (run / "evaluation" / "all" / f"{step}.json").exists(), errors
         assert (run / "evaluation" / "only_b" / f"{step}.json").exists()
     assert "validation" not in {record["kind"] for record in records(run)}
 
 
 def test_the_evaluator_gives_up_when_no_checkpoint_comes(config: Path, tmp_path: Path) -> None:
     short = variant(config, tmp_path / "short.yaml", training__eval_timeout_in_s=1)
-    done = subprocess.run(
-        command(short, tmp_path / "none"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(SPEC_TYPE="evaluator"),
-    )
+    done = programs.run(*command(short, tmp_path / "none"), SPEC_TYPE="evaluator")
     assert done.returncode == 2
     assert "is the trainer running" in done.stderr
 

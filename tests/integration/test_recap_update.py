@@ -1,15 +1,13 @@
 """One update of the ranker is the same on any number of micro-batches and of processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests import programs
+
 SCRIPT = Path(__file__).with_name("recap_update.py")
 
 
@@ -19,14 +17,8 @@ VARIANTS = [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (8, 0.0), (1, 0.001), (4, 0.
 
 def updated(output: Path, ranks: int) -> Any:
     """Variant → losses and model after three updates."""
-    command = [sys.executable, "-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(output), *(f"{m}:{clip}" for m, clip in VARIANTS)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    variants = [f"{m}:{clip}" for m, clip in VARIANTS]
+    done = programs.run(*programs.torchrun(ranks, always=True), str(SCRIPT), str(output), *variants)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(output)
 

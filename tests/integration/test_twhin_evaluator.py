@@ -1,10 +1,7 @@
 """TwHIN's evaluator as a process beside a trainer: SPEC_TYPE=evaluator run.py, same arguments."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ import pytest
 import yaml
 
 from projects.twhin.best import choose_step
+from tests import programs
 from tml import checkpoint
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = str(Path(__file__).parents[2] / "projects" / "twhin" / "run.py")
 STEPS = (5, 10, 15, 20)
 
 
@@ -53,26 +51,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "config.yaml"
 
 
-def start(
-    role: str, config: Path, save_dir: Path, *extra: str, ranks: int = 1
-) -> "subprocess.Popen[str]":
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    script = str(ROOT / "projects" / "twhin" / "run.py")
-    return subprocess.Popen(
-        [*launch, script, f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SPEC_TYPE": role},
-    )
+def start(role: str, config: Path, save_dir: Path, *extra: str, ranks: int = 1) -> programs.Program:
+    given = [SCRIPT, f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra]
+    return programs.start(*programs.torchrun(ranks), *given, SPEC_TYPE=role)
 
 
-def ended(process: "subprocess.Popen[str]") -> str:
-    """What it said; it has ended well."""
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def ended(process: programs.Program, code: int = 0) -> str:
+    """What it said; it has ended with this exit status."""
+    output = "".join(process.communicate(300))
+    assert process.returncode == code, output
     return output
 
 
@@ -158,14 +145,13 @@ def test_a_run_that_replaces_a_finished_one_and_is_killed_is_followed_to_its_end
     assert chosen == best["step"]
 
 
-def test_a_stopped_evaluator_ends_at_once(config: Path, tmp_path: Path) -> None:
+def test_a_stopped_evaluator_ends_at_once(config: Path, tmp_path: Path, until: Any) -> None:
     evaluator = start("evaluator", config, tmp_path / "run")
-    time.sleep(10)
+    until(lambda: evaluator.catches(signal.SIGTERM), 200)
     began = time.monotonic()
-    evaluator.send_signal(signal.SIGTERM)
-    output, _ = evaluator.communicate(timeout=60)
-    assert evaluator.returncode in (143, -signal.SIGTERM), output  # still importing: by default
-    assert time.monotonic() - began < 5
+    evaluator.terminate()
+    ended(evaluator, 143)
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -179,16 +165,12 @@ def test_a_stopped_evaluator_ends_at_once(config: Path, tmp_path: Path) -> None:
 def test_what_an_evaluator_cannot_do_is_said(
     setting: str, message: str, config: Path, tmp_path: Path
 ) -> None:
-    evaluator = start("evaluator", config, tmp_path / "run", "--set", setting)
-    output, _ = evaluator.communicate(timeout=120)
-    assert evaluator.returncode == 2
+    output = ended(start("evaluator", config, tmp_path / "run", "--set", setting), 2)
     assert message in output
     assert "Traceback" not in output
 
 
 def test_a_role_that_there_is_not_is_refused(config: Path, tmp_path: Path) -> None:
-    process = start("boss", config, tmp_path / "run")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
+    output = ended(start("boss", config, tmp_path / "run"), 2)
     assert "SPEC_TYPE='boss'" in output
     assert "Traceback" not in output

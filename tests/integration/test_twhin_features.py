@@ -3,9 +3,6 @@ one, its vectors are exported and measured.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 import yaml
 
 from projects.twhin.config import TwhinConfig
+from tests import programs
 from tml import checkpoint
 from tml.config import build_config
 
@@ -108,14 +106,8 @@ def config_tree(graph: Path, variant: str) -> dict[str, Any]:
 
 
 def train(config: Path, save_dir: Path, *extra: str) -> None:
-    command = [sys.executable, str(SCRIPT), f"--config_yaml_path={config}"]
-    done = subprocess.run(
-        [*command, f"--save_dir={save_dir}", *extra],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    given = [f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra]
+    done = programs.run(str(SCRIPT), *given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,8 +2,6 @@
 process without edges.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import twhin_step
-
 from projects.twhin.model import TwhinModel, table_specs
+from tests import programs
+from tests.integration import twhin_step
 from tml.embeddings import NormalRows, RowSource, Tables
-
-ROOT = Path(__file__).parents[2]
 
 
 class DenseTables(Tables):
@@ -80,16 +75,8 @@ def reference(optimizer: str, world_size: int) -> dict[str, Tensor]:
 
 def run_step(folder: Path, optimizer: str, world_size: int) -> dict[str, Tensor]:
     output = folder / f"{optimizer}-{world_size}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world_size), str(Path(twhin_step.__file__))]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(output), optimizer],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
+    launch = programs.torchrun(world_size, always=True)
+    done = programs.run(*launch, twhin_step.__file__, str(output), optimizer)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = torch.load(output)
     assert isinstance(loaded, dict)

@@ -3,12 +3,10 @@ input, what is left behind.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests import programs
 from tml import checkpoint
 from tml.logs import read_records
 
@@ -72,26 +71,14 @@ def config_tree(graph: Path, **training: Any) -> dict[str, Any]:
 
 
 def command(config: Path, save_dir: Path, *extra: str, ranks: int = 1) -> list[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "tml.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*start, str(SCRIPT), f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = [f"--config_yaml_path={config}", f"--save_dir={save_dir}", *extra]
+    return [*programs.torchrun(ranks), str(SCRIPT), *given]
 
 
 def train(
     config: Path, save_dir: Path, *extra: str, ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, save_dir, *extra, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=environment(),
-    )
+    return programs.run(*command(config, save_dir, *extra, ranks=ranks))
 
 
 def losses(save_dir: Path) -> list[tuple[str, int, float]]:
@@ -158,24 +145,12 @@ def test_vectors_are_those_of_the_last_checkpoint(unbroken: Path) -> None:
     assert pq.read_table(unbroken / "vectors" / "relations.parquet").num_rows == 2
 
 
-def start(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            arguments, stdout=file, stderr=file, env=environment(), start_new_session=True
-        )
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+def wait_until(condition: Callable[[], bool], process: programs.Program) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, "the run ended before the moment came"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def kill(process: "subprocess.Popen[bytes]") -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def last_step(save_dir: Path) -> int:
@@ -199,9 +174,9 @@ def test_kill_9_and_the_same_command_again_give_the_losses_of_an_unbroken_run(
 ) -> None:
     save_dir = tmp_path / "run"
     arguments = command(config, save_dir)
-    process = start(*arguments, log=tmp_path / "log")
+    process = programs.start(*arguments, log=tmp_path / "log")
     wait_until(lambda: MOMENTS[moment](save_dir), process)
-    kill(process)
+    process.kill()
     assert last_step(save_dir) < STEPS
     again = train(config, save_dir)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -215,11 +190,9 @@ def test_two_ranks_killed_and_started_again_give_the_losses_of_an_unbroken_run(
 ) -> None:
     save_dir = tmp_path / "run"
     arguments = command(config, save_dir, "--no_evaluation", ranks=2)
-    process = start(*arguments, log=tmp_path / "log")
+    process = programs.start(*arguments, log=tmp_path / "log")
     wait_until(lambda: last_step(save_dir) >= 12, process)
-    kill(process)
-    # torchrun's children have sessions of their own.
-    subprocess.run(["pkill", "-9", "-f", str(save_dir)], check=False)
+    process.kill()
     again = train(config, save_dir, "--no_evaluation", ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert losses(save_dir) == losses(unbroken_two)
@@ -231,7 +204,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_exactly(
 ) -> None:
     save_dir = tmp_path / "run"
     quiet = ["--set", "training.checkpoint_every_n=null"]
-    process = start(*command(config, save_dir, *quiet), log=tmp_path / "log")
+    process = programs.start(*command(config, save_dir, *quiet), log=tmp_path / "log")
     wait_until(lambda: last_step(save_dir) >= 8, process)
     process.send_signal(number)
     assert process.wait(60) == code
@@ -247,7 +220,7 @@ def test_two_ranks_under_torchrun_save_on_sigterm(
 ) -> None:
     save_dir = tmp_path / "run"
     extra = ["--no_evaluation", "--set", "training.checkpoint_every_n=null"]
-    process = start(*command(config, save_dir, *extra, ranks=2), log=tmp_path / "log")
+    process = programs.start(*command(config, save_dir, *extra, ranks=2), log=tmp_path / "log")
     wait_until(lambda: last_step(save_dir) >= 4, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143

@@ -1,19 +1,15 @@
 """Warm start of two processes: each fills the rows and accumulators of its own shards."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-import test_twhin_warm_start as one_process
-
 from projects.twhin.run import run
+from tests import programs
+from tests.unit import test_twhin_warm_start as one_process
 from tml.config import to_yaml
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "projects" / "twhin" / "run.py"
 
 
 def test_two_processes_start_from_the_rows_and_accumulators_of_one(tmp_path: Path) -> None:
@@ -33,15 +29,8 @@ def test_two_processes_start_from_the_rows_and_accumulators_of_one(tmp_path: Pat
     data = {"per_replica_batch_size": 2, "global_negatives": 1}
     config = config.model_copy(update={"train_data": config.train_data.model_copy(update=data)})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    script = str(ROOT / "projects" / "twhin" / "run.py")
-    launch = [sys.executable, "-m", "tml.torchrun", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, script, f"--config_yaml_path={tmp_path}/config.yaml", f"--save_dir={tmp_path}/2"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    given = [f"--config_yaml_path={tmp_path}/config.yaml", f"--save_dir={tmp_path}/2"]
+    done = programs.run(*programs.torchrun(2), str(SCRIPT), *given)
     assert done.returncode == 0, done.stderr[-3000:]
     before, now = one_process.saved(tmp_path / "run"), one_process.saved(tmp_path / "2")
     assert torch.equal(now["translations"], before["translations"])
