@@ -236,9 +236,11 @@ def _step_folders(save_dir: Path) -> list[Path]:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds nothing but what `save` writes: the only kind that is ever removed."""
     ours = {COMPLETE, META, CONFIG, ".metadata", ".metadata.tmp"}
-    return folder.is_dir() and all(
-        path.name in ours or path.suffix in (".distcp", ".tmp") for path in folder.iterdir()
-    )
+    try:
+        found = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # a trainer beside may just have removed it
+        return False
+    return all(path.name in ours or path.suffix in (".distcp", ".tmp") for path in found)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -129,3 +129,23 @@ def test_a_protected_step_stays_beside_the_newest_until_another_one_is(tmp_path:
     assert checkpoint.complete_steps(tmp_path) == [40]
     checkpoint.remove_old(tmp_path, keep=None)
     assert checkpoint.complete_steps(tmp_path) == [40]
+
+
+def test_a_folder_that_the_trainer_removes_while_steps_are_listed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (3, 4):
+        (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / checkpoint.COMPLETE).touch()
+    is_ours = checkpoint.is_ours
+
+    def removed_just_now(folder: Path) -> bool:
+        if folder.name == "3":
+            shutil.rmtree(folder)
+        return is_ours(folder)
+
+    monkeypatch.setattr(checkpoint, "is_ours", removed_just_now)
+    assert checkpoint.complete_steps(tmp_path) == [4]
+    # While it is looked into: the folder is there, and a moment later it is not.
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    assert not is_ours(tmp_path / "3")
