@@ -9,6 +9,7 @@ steps that it trains anew.
 import json
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -51,11 +52,8 @@ def mark_done(save_dir: Path, step: int, report: Report, job: Job) -> None:
 
 
 def read_mark(save_dir: Path, name: str, step: int) -> Any:
-    """The result of `name` at `step`; None where there is none."""
-    try:
-        return json.loads(mark_path(save_dir, name, step).read_text())
-    except FileNotFoundError:
-        return None
+    """The result of `name` at `step`; None where there is none, or none that can be read."""
+    return run_folder.read_json(mark_path(save_dir, name, step))
 
 
 def read_marks(save_dir: Path, step: int) -> Report:
@@ -208,7 +206,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 def _write_mark(folder: int, step: int, result: Any) -> None:
     """Write a mark, whole or not at all, below an open folder."""
-    temporary = f".{step}.tmp"
+    temporary = f".{step}.{secrets.token_hex(4)}.tmp"  # another evaluator may write it too
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags, 0o666, dir_fd=folder)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -104,14 +105,34 @@ def is_finished(save_dir: Path) -> bool:
     return (save_dir / METRICS).exists()
 
 
+def end_again(save_dir: Path, job: Job) -> None:
+    """Let those who follow a run that was finished before know that its trainer has nothing to do;
+    the chief does.
+    """
+    if job.is_chief:
+        os.utime(save_dir / METRICS)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that the file is whole or absent."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(
+        f".{secrets.token_hex(4)}.tmp"
+    )  # two may write it, as evaluators do
     try:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None where there is nothing, or where a crash of the machine or a
+    full disk has left what is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def provenance(job: Job) -> dict[str, Any]:

@@ -270,8 +270,10 @@ class Loop(Generic[BatchT]):
         return (stop.number or signal.SIGTERM) if stopped else None
 
     def _owes_validation(self, progress: Progress) -> bool:
-        """Whether one that was given up is still to be made, by this config too."""
-        is_owed = progress.owes_validation and self.validate is not None
+        """Whether one that was given up, or cut short, is still to be made, by this config too."""
+        # Where a measurement ends training the validation comes after the checkpoint.
+        ended = progress.is_measured and progress.step == self.total_steps
+        is_owed = (progress.owes_validation or ended) and self.validate is not None
         return is_owed and not distributed.any_process(self.log.holds("validation", progress.step))
 
     def _validates(self, progress: Progress) -> bool:

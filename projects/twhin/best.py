@@ -87,11 +87,18 @@ def write_best(save_dir: Path, best: Report) -> None:
 
 
 def read_best(save_dir: Path) -> Report | None:
-    """What evaluation/best.json holds; None where there is none."""
+    """What evaluation/best.json holds; None where there is none. Raises CheckpointError where it
+    cannot be read.
+    """
+    path = save_dir / follow.EVALUATION / BEST
     try:
-        best: Report = json.loads((save_dir / follow.EVALUATION / BEST).read_text())
+        best: Report = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not whole ({error}); remove it: who measures the run writes it again"
+        ) from error
     return best
 
 

@@ -2,7 +2,6 @@
 of a run as it appears.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -20,7 +19,7 @@ from projects.twhin.model import Vectors
 from projects.twhin.ranking import Report
 from projects.twhin.report import render
 from projects.twhin.validation import for_training
-from tml import distributed, logs
+from tml import distributed, logs, run_folder
 from tml import follow as marks
 from tml.checkpoint import is_complete
 from tml.config import ConfigError
@@ -94,9 +93,12 @@ class _Marks:
             written = path.stat().st_mtime_ns
             if self._counted.get(path) == written:
                 return True
-            before = json.loads(path.read_text()).get(MEASURED_WITH)
         except FileNotFoundError:
             return False
+        mark = run_folder.read_json(path)
+        if mark is None:  # gone, or not whole
+            return False
+        before = mark.get(MEASURED_WITH)
         if before != self._with_what():
             if not self._said:
                 logger.info(

@@ -109,6 +109,20 @@ class Exported:
             )
         return rows
 
+    def refuse_cut_short(self) -> None:
+        """Raise DataError where a file of full vectors is missing or cut short; reads no
+        vectors.
+        """
+        for name, rows in (self.rows | {RELATIONS: None}).items():
+            for kind in self.formats:
+                path = self.folder / (TENSORS if kind == "safetensors" else f"{name}.{kind}")
+                try:
+                    found = _count_rows(path, kind, name)
+                except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                    raise DataError(f"{path} cannot be read: {error}; export again") from error
+                if rows is not None and found != rows:
+                    raise DataError(f"{path} has {found:,} rows, not {rows:,}; export again")
+
     def biases(self, table: str) -> Floats | None:
         """(N,), where the model has biases."""
         return self._array(table + BIAS, table, "bias") if self.has_biases else None
@@ -149,6 +163,14 @@ class Exported:
             raise DataError(
                 f"{self.folder}: {name} cannot be read: {error}; export again"
             ) from error
+
+
+def _count_rows(path: Path, kind: str, name: str) -> int:
+    """Of an array in a file of a format."""
+    if kind == "parquet":  # whose end says it
+        rows: int = pq.read_metadata(path).num_rows
+        return rows
+    return len(_read_tensor(path, name) if kind == "safetensors" else np.load(path, mmap_mode="r"))
 
 
 def _read_tensor(path: Path, name: str) -> Floats:

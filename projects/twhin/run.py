@@ -260,6 +260,7 @@ def run(
                 log.console.print(render(there.report))
         measured, there = distributed.gather((measured, there))[0]
         if there.is_whole:
+            run_folder.end_again(save_dir, job)
             return None
         folder = save_dir / str(ends.get("best_step", progress.step))
         vectors = export.load_vectors(folder, config.model)
@@ -268,6 +269,7 @@ def run(
             paths = export.export_vectors(vectors, config.model, save_dir / VECTORS, step=step)
             log.say(f"vectors: {export.listed(paths)}")
         if there.report is not None:
+            run_folder.end_again(save_dir, job)
             distributed.barrier()
             return None
         report: Report = {}

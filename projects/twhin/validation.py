@@ -82,6 +82,8 @@ class Validation:
     def _why_anew(self, progress: Progress) -> str | None:
         """Why what was measured before no longer counts; None where it does."""
         before, described = progress.best, self._described()
+        if before.goal == self._described_before():
+            before.goal = described
         if before.goal != described:
             return f"what is validated has changed ({before.goal} → {described})"
         if before.step is None:
@@ -152,6 +154,20 @@ class Validation:
     def _described(self) -> str:
         """What makes measurements comparable."""
         return f"{self._goal}: {self._measured_with}"
+
+    def _described_before(self) -> str:
+        """As a checkpoint says it that was made before the edges were part of it: its best step
+        counts as long as all that it does say is the same.
+        """
+        settings = self._config.evaluation.for_training()
+        parts = [str(self._goal)]
+        if settings.max_edges is not None:
+            parts.append(f"{settings.max_edges:,} edges")
+        if settings.relations is not None:
+            parts.append(" ".join(settings.relations))
+        if settings.sampled_candidates is not None:
+            parts.append(f"{settings.sampled_candidates:,} sampled candidates")
+        return ", ".join(parts)
 
     def _farewell(self, found: Best) -> str:
         assert found.step is not None

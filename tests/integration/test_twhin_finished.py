@@ -1,7 +1,9 @@
 """A finished run started again: it says so, and does only what is missing."""
 
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,8 @@ class Again:
         return " ".join(" ".join(lines).split())
 
     def made(self) -> dict[str, int]:
-        """Vectors and metrics → when they were made."""
-        paths = {*(self.folder / "vectors").iterdir(), self.folder / "metrics.json"}
+        """Files of vectors → when they were made; for metrics see `measurements`."""
+        paths = (self.folder / "vectors").iterdir()
         return {path.name: path.stat().st_mtime_ns for path in paths}
 
     def measurements(self) -> int:
@@ -107,13 +109,58 @@ def test_it_says_so_and_makes_nothing_again(again: Again) -> None:
     assert (again.made(), again.measurements()) == (before, 1)
 
 
+def test_who_follows_it_learns_that_it_has_ended(again: Again) -> None:
+    path = again.folder / "metrics.json"
+    os.utime(path, (0, 0))
+    began = time.time()
+    said = again()
+    assert path.stat().st_mtime > began - 1
+    assert "1970" not in said, "though the time is that of the measurement"
+    shutil.rmtree(again.folder / "vectors")
+    os.utime(path, (0, 0))
+    again()
+    assert path.stat().st_mtime > began - 1
+
+
+@pytest.mark.parametrize("name", ["user.parquet", "relations.parquet", "vectors.json"])
+def test_vectors_that_are_not_whole_are_exported_again(again: Again, name: str) -> None:
+    path = again.folder / "vectors" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert re.search(f"vectors are made now, metrics are {SINCE}", again())
+    assert path.read_bytes() == whole
+    path.unlink()
+    assert "vectors are made now" in again()
+
+
+def test_vectors_of_an_earlier_step_folder_of_the_same_number_are_replaced(again: Again) -> None:
+    os.utime(again.folder / "8" / "COMPLETE", (time.time() + 60,) * 2)
+    assert "vectors are made now, metrics are there" in again()
+
+
+def test_metrics_that_are_not_whole_are_measured_again(again: Again) -> None:
+    path = again.folder / "metrics.json"
+    whole = path.read_text()
+    path.write_text(whole[:20])
+    assert "metrics are made now" in again()
+    assert path.read_text() == whole
+
+
+def test_metrics_of_the_best_step_are_not_those_of_the_last(again: Again) -> None:
+    path = again.folder / "metrics.json"
+    path.write_text(path.read_text().replace('"step": 8,', '"step": 8, "best_step": 4,', 1))
+    assert "metrics are made now" in again()
+    assert "best_step" not in path.read_text()
+
+
 def test_missing_vectors_are_exported_and_nothing_is_measured(again: Again) -> None:
-    metrics = again.made()["metrics.json"]
+    metrics = (again.folder / "metrics.json").read_text()
     shutil.rmtree(again.folder / "vectors")
     said = again()
     assert re.search(f"vectors are made now, metrics are {SINCE}", said)
     assert export.Exported.open(again.folder / "vectors").step == 8
-    assert (again.made()["metrics.json"], again.measurements()) == (metrics, 1)
+    assert (again.folder / "metrics.json").read_text() == metrics
+    assert again.measurements() == 1
 
 
 def test_missing_metrics_are_measured_and_nothing_is_exported(again: Again) -> None:
@@ -159,4 +206,5 @@ def test_a_run_that_is_prolonged_makes_all_anew(again: Again) -> None:
     said = again("training.num_epochs=3")
     assert "the run is finished" not in said
     assert not set(before.values()) & set(again.made().values())
+    assert again.measurements() == 2
     assert finished.look(again.folder, again.folder / "vectors", {"step": 12}, None).is_whole

@@ -248,6 +248,27 @@ def test_another_goal_chooses_the_best_step_anew(
     assert "of 300 edges" in report["retrieval"]["protocol"]
 
 
+def test_a_finished_run_of_before_the_edges_were_part_of_it_keeps_its_best_step(
+    unbroken: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    steps = checkpoint.complete_steps(run_dir)
+    path = run_dir / str(steps[-1]) / "meta.json"
+    meta = read(path)
+    meta["best"]["goal"] = "mrr"
+    path.write_text(json.dumps(meta))
+    for path in (run_dir / "evaluation").rglob("*.json"):
+        path.write_text(json.dumps({k: v for k, v in read(path).items() if k != "measured_with"}))
+    assert train(config, run_dir) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "chosen anew" not in said
+    assert "training ends" in said
+    assert checkpoint.complete_steps(run_dir) == steps
+    named = read(run_dir / "evaluation" / "best.json")
+    assert named == read(unbroken / "evaluation" / "best.json")
+
+
 def test_other_validation_edges_choose_the_best_step_anew(
     unbroken: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

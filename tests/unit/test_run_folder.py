@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         run_folder.write_json(tmp_path / "b.json", {"step": 1})
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
+
+
+def test_two_may_write_the_same_json(tmp_path: Path) -> None:
+    """As two evaluators do."""
+    path = tmp_path / "best.json"
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda number: run_folder.write_json(path, number), range(200)):
+            pass
+    assert run_folder.read_json(path) in range(200)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_that_is_missing_or_cut_short_is_none(tmp_path: Path) -> None:
+    assert run_folder.read_json(tmp_path / "best.json") is None
+    (tmp_path / "best.json").write_text('{"step": ')
+    assert run_folder.read_json(tmp_path / "best.json") is None
 
 
 def test_a_folder_that_another_run_trains_into_is_refused_until_that_ends(tmp_path: Path) -> None:

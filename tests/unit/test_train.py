@@ -136,8 +136,11 @@ class Interrupted:
     middle of one of them, which is given up. `go` starts it, or takes up what was saved last.
     """
 
-    def __init__(self, folder: Path, at: tuple[str, int] | None) -> None:
-        self._log, self._at = MetricLog(folder, 0), at
+    def __init__(
+        self, folder: Path, at: tuple[str, int] | None, ends_at: int | None = None
+    ) -> None:
+        """ends_at: the step whose measurement ends training."""
+        self._log, self._at, self._ends_at = MetricLog(folder, 0), at, ends_at
         self.saved: list[dict[str, Any]] = []
         self.measured: list[int] = []
         self.trained: list[int] = []
@@ -166,16 +169,17 @@ class Interrupted:
         def measure(progress: Progress) -> bool:
             look("measure")
             self.measured.append(progress.step)
-            return False
+            return progress.step == self._ends_at
 
-        if progress.is_measured:  # as a project does before the loop
-            measure(progress)
+        total_steps = 6
+        if progress.is_measured and measure(progress):  # as a project does before the loop
+            total_steps = progress.step
         loop: Loop[int] = Loop(
             job=Job(0, 1, 1, torch.device("cpu")),
             log=self._log,
             update=update,
             save=lambda progress: self.saved.append(progress.to_json()),
-            total_steps=6,
+            total_steps=total_steps,
             log_every=10,
             unit="rows",
             validate=validate,
@@ -212,6 +216,20 @@ def test_a_validation_is_given_up_at_a_signal_and_made_when_the_run_goes_on(
     assert resumed.go() is None
     records = read_records(tmp_path / "metrics.jsonl")
     assert [one["loss"] for one in records if one["kind"] == "validation"] == losses
+
+
+def test_a_validation_given_up_after_a_measurement_that_ended_training_is_made_up(
+    tmp_path: Path,
+) -> None:
+    run = Interrupted(tmp_path, ("validate", 3), ends_at=3)
+    assert run.go() == signal.SIGTERM
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed = Interrupted(tmp_path, None, ends_at=3)
+        resumed.saved = run.saved[-1:]
+        assert resumed.go() is None
+        assert not resumed.trained
+        records = read_records(tmp_path / "metrics.jsonl")
+        assert [one["loss"] for one in records if one["kind"] == "validation"] == [2, 3]
 
 
 def test_a_signal_after_a_measurement_stops_before_the_next_step(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_a_goal_finds_its_number_in_a_report(
     assert Goal(metric, relation).value(REPORT) == value
 
 
+def test_a_best_json_that_is_not_whole_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    complete(tmp_path, 1)
+    write_best(tmp_path, describe(1, "validation", Goal(), 0.5))
+    path = tmp_path / "evaluation" / "best.json"
+    path.write_text(path.read_text()[:10])
+    with pytest.raises(CheckpointError, match=r"best\.json is not whole.*remove it"):
+        choose_step(tmp_path, None)
+
+
 def mark(run: Path, step: int, mrr: float, recall: float, **more: str) -> None:
     folder = run / "evaluation" / "validation"
     folder.mkdir(parents=True, exist_ok=True)
