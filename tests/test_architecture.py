@@ -21,6 +21,7 @@ LAYERS = (
         "memory",
         "binary_metrics",
         "calibration",
+        "dense_optimizer",
         "optimizers",
         "data",
         "native",
