@@ -16,6 +16,7 @@ import pytest
 from tml.data.parquet import (
     Columns,
     DataError,
+    GroupBy,
     ParquetRows,
     Position,
     ShuffledReader,
@@ -265,3 +266,26 @@ def test_a_window_is_in_memory_once_and_let_go_of_before_the_next(tmp_path: Path
     # A window and its order, which is int32; a tenth for what is read at the moment.
     assert peak() < 1.1 * (8 + 4) * window + 200_000
     assert peak(check=lambda *_: None, hold_as=np.int32) < 1.1 * (4 + 4) * window + 200_000
+
+
+@pytest.mark.parametrize(
+    ("group_by", "order"),
+    [
+        (None, [8, 2, 0, 7, 1, 6, 5, 9, 10, 4, 3, 11, 0, 6, 8, 7, 1, 2, 4, 10, 9, 3, 11, 5]),
+        (
+            lambda columns, _: columns["x"] // 4,
+            [2, 0, 1, 7, 6, 8, 3, 9, 10, 11, 5, 4, 6, 7, 8, 0, 1, 2, 3, 10, 9, 11, 4, 5],
+        ),
+    ],
+)
+def test_the_order_of_a_seed_is_what_it_was(
+    tmp_path: Path, group_by: GroupBy | None, order: list[int]
+) -> None:
+    # Runs that began with an earlier version go on from a position in this order.
+    write(tmp_path / "a.parquet", list(range(12)), row_group=3)
+    rows = ParquetRows(str(tmp_path / "*.parquet"), ["x"])
+    for held in (None, np.int32):
+        source = ShuffledReader(
+            rows, 4, 2, 7, 0, 1, 6, lambda *_: None, group_by=group_by, hold_as=held
+        )
+        assert flat(values(source)) == order

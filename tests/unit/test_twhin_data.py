@@ -54,6 +54,15 @@ def test_edges_are_grouped_by_tables_and_sorted_by_relation_and_none_is_lost() -
     assert sorted(found) == sorted(edges)
 
 
+@pytest.mark.parametrize(("rows", "kind"), [(2**31 - 1, np.int32), (2**31 + 1, np.int64)])
+def test_edges_are_held_in_the_smallest_type_that_takes_every_id(rows: int, kind: type) -> None:
+    user, *others = MODEL.embeddings.tables
+    tables = [*others, user.model_copy(update={"num_embeddings": rows})]
+    embeddings = MODEL.embeddings.model_copy(update={"tables": tables})
+    layout = EdgeLayout(MODEL.model_copy(update={"embeddings": embeddings}))
+    assert layout.smallest_type() is kind
+
+
 def test_global_negatives_come_from_the_right_table_uniformly_a_set_a_chunk() -> None:
     edges = columns(*[(i % 40, 0, i % 7) for i in range(1000)])
     (group,) = batch(edges, global_negatives=50, chunk_size=100).groups
