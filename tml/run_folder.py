@@ -115,9 +115,8 @@ def end_again(save_dir: Path, job: Job) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that the file is whole or absent."""
-    temporary = path.with_suffix(
-        f".{secrets.token_hex(4)}.tmp"
-    )  # two may write it, as evaluators do
+    # Of a name of its own: two may write it, as evaluators do.
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
         temporary.replace(path)

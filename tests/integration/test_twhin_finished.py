@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from projects.twhin import export, finished
+from projects.twhin import finished
 from projects.twhin.config import TwhinConfig
+from projects.twhin.exported import Exported
 from projects.twhin.run import run
 from tml.config import load_config
 from tml.logs import read_records
@@ -158,7 +159,7 @@ def test_missing_vectors_are_exported_and_nothing_is_measured(again: Again) -> N
     shutil.rmtree(again.folder / "vectors")
     said = again()
     assert re.search(f"vectors are made now, metrics are {SINCE}", said)
-    assert export.Exported.open(again.folder / "vectors").step == 8
+    assert Exported.open(again.folder / "vectors").step == 8
     assert (again.folder / "metrics.json").read_text() == metrics
     assert again.measurements() == 1
 

@@ -36,10 +36,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_two_may_write_the_same_json(tmp_path: Path) -> None:
     """As two evaluators do."""
     path = tmp_path / "best.json"
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda number: run_folder.write_json(path, number), range(200)):
-            pass
-    assert run_folder.read_json(path) in range(200)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: run_folder.write_json(path, number), range(400)))
+    assert run_folder.read_json(path) in range(400)
     assert list(tmp_path.iterdir()) == [path]
 
 

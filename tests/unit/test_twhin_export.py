@@ -239,7 +239,8 @@ def test_the_change_stands_beneath_its_number_with_a_label() -> None:
         ["d", "50.0%"],
         ["test:", "p"],
         ["neighbours:", "n"],
-        "as fp16: too few rows for pq to take less than fp16 does".split(),
+        ["as", "fp16:", "too", "few", "rows", "for", "pq", "to", "take", "less", "than"]
+        + ["fp16", "does"],
     ]
 
 
