@@ -402,10 +402,11 @@ def test_a_gang_as_json_hides_secrets() -> None:
         (("--save_dir=/root/tmp/a",), "/home/me/tmp/a"),
         (("--save_dir", "/mnt/x/../x/b"), "/big/b"),
         (("--save_dir=tml/runs",), "/home/me/tml/runs"),
+        (("--save_dir=/mnt/y/c",), "/small/c"),
     ],
 )
 def test_logs_are_kept_in_the_run_folder(args: tuple[str, ...], folder: str) -> None:
-    assert up(args=args, mount=("/big:/mnt/x",)).logs == f"{folder}/logs/tml-twhin-1234"
+    assert up(args=args, mount=("/big:/mnt/x", "/small://mnt/z/../y/")).logs == f"{folder}/logs/tml-twhin-1234"
 
 
 @pytest.mark.parametrize(

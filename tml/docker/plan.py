@@ -584,7 +584,7 @@ def parse_mount(text: str, host: Host) -> Mount:
         or not parts[1].startswith("/")
     ):
         raise UsageError(f"--mount {text!r}: expected SRC:DST or SRC:DST:ro with an absolute DST")
-    source, target = _absolute(parts[0], host), parts[1].rstrip("/") or "/"
+    source, target = _absolute(parts[0], host), _normal(PurePosixPath(parts[1]))
     if target == "/":
         raise UsageError(f"--mount {text!r}: DST cannot be the container's root")
     return Mount(source=source, target=target, read_only=mode == "ro")
