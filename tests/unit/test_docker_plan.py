@@ -406,7 +406,8 @@ def test_a_gang_as_json_hides_secrets() -> None:
     ],
 )
 def test_logs_are_kept_in_the_run_folder(args: tuple[str, ...], folder: str) -> None:
-    assert up(args=args, mount=("/big:/mnt/x", "/small://mnt/z/../y/")).logs == f"{folder}/logs/tml-twhin-1234"
+    mounts = ("/big:/mnt/x", "/small://mnt/z/../y/")
+    assert up(args=args, mount=mounts).logs == f"{folder}/logs/tml-twhin-1234"
 
 
 @pytest.mark.parametrize(
