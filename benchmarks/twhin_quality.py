@@ -66,6 +66,7 @@ CASES = {
     "fb15k237_complex": knowledge_graph("fb15k237_complex", 0.350, 0.365),
     "fb15k237_transe": knowledge_graph("fb15k237_transe", 0.300, 0.313),
     "wn18rr_complex": knowledge_graph("wn18rr_complex", 0.460, 0.480),
+    "codex_s_complex": knowledge_graph("codex_s_complex", 0.460, 0.465),
     "gowalla": Case(
         "gowalla",
         {"train": ["train.txt.gz"], "test": ["test.txt.gz"]},
