@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor
 
 from projects.twhin.anchors import FOLDER, Anchors, map_rows, path_of
@@ -366,7 +367,7 @@ def _render(report: Report) -> RenderableType:
     table = layout.table(["table"], headings)
     for name, row in report["tables"].items():
         table.add_row(
-            name,
+            Text(name),
             f"{row['rows']:,}",
             f"{row['matched']:,}",
             f"{row['matched'] / row['rows']:.1%}",

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from projects.twhin import warm_start
@@ -555,3 +556,13 @@ def test_settings_that_contradict_each_other_are_refused(
     tree = new_config(graph, Path("x")).model_dump()
     with pytest.raises(ConfigError, match=message):
         build_config(TwhinConfig, {**tree, **change}, "test")
+
+
+def test_a_table_is_shown_by_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"rows": 4, "matched": 3, "new": 1, "vanished": 0, "optimizer_state": True}
+    report = {"tables": {"a[b]": row}, "relations": {"matched": 2, "new": 0, "vanished": 1}}
+    Console(width=80).print(warm_start._render(report))
+    said = capsys.readouterr().out
+    assert "a[b]" in said
+    assert "75.0%" in said
+    assert "relations: 2 matched, 1 vanished" in said
