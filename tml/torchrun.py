@@ -13,12 +13,13 @@
 import argparse
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from tempfile import mkdtemp
+from tempfile import gettempdir
 
 from tml.machines import container, environment
 
@@ -89,17 +90,14 @@ def _launch(arguments: argparse.Namespace) -> tuple[int, str] | None:
 
 @contextmanager
 def _errors_said_once() -> Iterator[None]:
-    """For processes that are started within: see `program.fail`."""
+    """For processes that are started within: see `program.fail`, which makes the folder, so that a
+    signal that ends this before they run leaves nothing behind.
+    """
+    folder = f"{gettempdir()}/tml-said-{secrets.token_hex(16)}"
     try:
-        folder = mkdtemp(prefix="tml-said-")
-    except OSError:  # no room: then each says it
-        yield
-        return
-    os.environ[environment.TML_SAID] = folder
-    try:
-        yield
+        with environment.setting(environment.TML_SAID, folder):
+            yield
     finally:
-        del os.environ[environment.TML_SAID]
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,7 +7,8 @@ either gets the defaults below.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -153,6 +154,16 @@ def set_default(name: str, value: str) -> None:
     """Set a variable for this process and those it starts, where it has no value yet."""
     if not os.environ.get(name):
         os.environ[name] = value
+
+
+@contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """Set a variable for this process and those that it starts within."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def has_master_address() -> bool:
