@@ -105,6 +105,7 @@ def fail(message: str) -> int:
     note = _note_of(message)
     try:
         if note is not None:
+            note.parent.mkdir(mode=0o700, exist_ok=True)
             note.touch(exist_ok=False)
     except FileExistsError:
         assert note is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tml import program
+from tml import program, torchrun
 from tml.machines import environment
 
 
@@ -38,6 +38,19 @@ def test_what_is_wrong_for_all_processes_is_said_once(tmp_path: Path) -> None:
     assert not any(Path(folder).exists() for folder in done.stdout.split())
 
 
+def test_nothing_is_left_where_nothing_is_wrong_or_a_signal_comes_early(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with torchrun._errors_said_once():
+        folder = Path(environment.get(environment.TML_SAID) or "")
+        assert not folder.exists()
+        program.fail("wrong")
+        assert [note.read_text() for note in folder.iterdir()] == ["said"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+    assert capsys.readouterr().err == "error: wrong\n"
+
+
 def test_what_another_process_began_to_say_and_did_not_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,7 +62,7 @@ def test_what_another_process_began_to_say_and_did_not_is_said(
     monkeypatch.setenv(environment.TML_SAID, str(tmp_path))
     assert program.fail("wrong") == 2
     assert capsys.readouterr().err == ""
-    (note,) = tmp_path.iterdir()
+    (note,) = (path for path in tmp_path.iterdir() if path.is_file())
     note.write_text("")  # killed before it could
     assert program.fail("wrong") == 2
     assert capsys.readouterr().err == "error: wrong\n"

@@ -560,7 +560,8 @@ def test_settings_that_contradict_each_other_are_refused(
 
 def test_a_table_is_shown_by_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"rows": 4, "matched": 3, "new": 1, "vanished": 0, "optimizer_state": True}
-    report = {"tables": {"a[b]": row}, "relations": {"matched": 2, "new": 0, "vanished": 1}}
+    found = {"matched": ["likes", "follows"], "new": [], "vanished": ["reads"]}
+    report = {"tables": {"a[b]": row}, "relations": found}
     Console(width=80).print(warm_start._render(report))
     said = capsys.readouterr().out
     assert "a[b]" in said
