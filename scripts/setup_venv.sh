@@ -33,7 +33,11 @@ find_python() {
   return 1
 }
 
+# Compiled kernels, where they are missing or have changed. Without a C compiler torch does their work.
+compile_kernels() { "$venv/bin/python" "$base/tml/native/build.py" "$venv/lib/tml" >&2 || true; }
+
 if stamped "$variant" && { [[ -z $extra ]] || stamped "$extra"; }; then
+  [[ $variant == launcher ]] || compile_kernels
   echo "$venv/bin/python"
   exit
 fi
@@ -48,9 +52,6 @@ fi
 say "installing the pinned set: $variant $extra (once; torch takes a minute or more)"
 rm -f "$venv/.tml-$variant" "$venv/.tml-${extra:-none}"
 PIP_QUIET=2 bash "$base/requirements/install.sh" "$venv/bin/python" "$variant" $extra >&2
-if [[ $variant != launcher ]]; then
-  # Where there is no C compiler, torch does the kernels' work.
-  "$venv/bin/python" "$base/tml/native/build.py" "$venv/lib/tml" >&2 || true
-fi
+[[ $variant == launcher ]] || compile_kernels
 for set in launcher "$variant" $extra; do echo "$wanted" >"$venv/.tml-$set"; done
 echo "$venv/bin/python"

@@ -82,6 +82,34 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_its_status(tmp_path: Path
     assert [one.name for one in (tmp_path / "cache" / "tml").iterdir()] == [".lock"]
 
 
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >{tmp_path}/child\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "find_compiler", lambda: str(compiler))
+    monkeypatch.setattr(build, "PATIENCE_S", 0.5)
+    with pytest.raises(build.CompileError, match="had not ended after"):
+        build.compile_into(tmp_path / "cache")
+    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "no library", "of another"])
+def test_a_damaged_library_in_the_cache_is_made_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tml" / build.library_name()
+    path.parent.mkdir()
+    if content == "of another":
+        (tmp_path / "a.c").write_text("int a;\n")
+        command = [sys_cc(), "-shared", "-fPIC", str(tmp_path / "a.c"), "-o", str(path)]
+        subprocess.run(command, check=True)
+    else:
+        path.write_text(content)
+    assert find(tmp_path, os.environ["PATH"]).communicate() == ("True\n", "")
+
+
 def test_a_cache_that_cannot_be_written_and_a_switch_are_respected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out, said = find(tmp_path / "file", os.environ["PATH"]).communicate()
@@ -155,9 +183,12 @@ def test_gradients_may_be_views_and_stay_as_they_are(kernels: Kernels) -> None:
     assert all(one.equal(other) for one, other in zip(gradients, before, strict=True))
 
 
-def test_the_number_of_threads_changes_no_bit(kernels: Kernels) -> None:
+def test_the_number_of_threads_changes_no_bit(
+    kernels: Kernels, request: pytest.FixtureRequest
+) -> None:
     found: list[Tensor] = []
     before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(3)
@@ -166,7 +197,6 @@ def test_the_number_of_threads_changes_no_bit(kernels: Kernels) -> None:
         gradients = [torch.randn(900, 20, generator=generator) for _ in range(2)]
         made._tables["a"].update_rows(ids, gradients)
         found.append(made.state()["tables.a.weight"])
-    torch.set_num_threads(before)
     assert found[0].equal(found[1])
     assert found[0].equal(found[2])
 

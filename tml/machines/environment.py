@@ -206,8 +206,8 @@ def cache_home() -> Path:
 
 
 def wants_native() -> bool:
-    """Whether compiled kernels may be used."""
-    return _integer(TML_NATIVE, 1) != 0
+    """Whether compiled kernels may be used: unless the variable is 0."""
+    return os.environ.get(TML_NATIVE) != "0"
 
 
 def is_secret_name(name: str) -> bool:

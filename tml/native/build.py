@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared")
 """Nothing here asks for this machine's processor: crew.h says how newer ones are used."""
 COMPILERS = ("cc", "gcc", "clang")
+PATIENCE_S = 120.0
+"""It takes a second or two; a compiler that hangs must not hold up training."""
 
 
 class CompileError(Exception):
@@ -56,21 +59,36 @@ def compile_into(folder: Path) -> Path:
     files = [str(source) for source in sources() if source.suffix == ".c"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = subprocess.run(
-            [compiler, *FLAGS, *files, "-o", str(part), "-lm"],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        if made.returncode or not part.exists():
-            raise CompileError(f"{compiler} failed with status {made.returncode}", made.stderr)
+        status, said = _run([compiler, *FLAGS, *files, "-o", str(part), "-lm"])
+        if status or not part.exists():
+            raise CompileError(f"{compiler} failed with status {status}", said)
+        with part.open("rb") as made:
+            os.fsync(made.fileno())  # a cut library would kill the process that loads it
         part.replace(target)
     except OSError as error:
         raise CompileError(f"{compiler} could not make {target}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit status of a compiler, and what it said."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            process.communicate()
+            raise CompileError(f"{command[0]} had not ended after {PATIENCE_S:.0f} s") from None
+    return process.returncode, said
 
 
 def main() -> int:

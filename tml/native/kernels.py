@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tml.native.library import load_library
+from tml.native.library import FUNCTIONS, load_library
 
 KINDS = ("sgd", "adagrad", "rowwise_adagrad")
 """Optimizers in the order of their numbers in rows.c."""
@@ -36,6 +36,9 @@ _ARGUMENTS = {
     "tml_pairs": [_count, _count, *[_pointer] * 7],
     "tml_derive_pairs": [_count, _count, *[_pointer] * 10],
 }
+
+
+assert set(_ARGUMENTS) == set(FUNCTIONS)
 
 
 class Kernels:
@@ -75,6 +78,8 @@ class Kernels:
         assert all(one.shape == (len(i), dim) for i, one in zip(ids, gradients, strict=True))
         assert all(_is_plain(one, torch.int64) for one in ids)
         assert all(one.dtype == torch.float32 for one in gradients)
+        assert _is_plain(weight)
+        assert accumulator is None or _is_plain(accumulator)
         held = None if accumulator is None else accumulator.data_ptr()
         failed = self._library.tml_update_rows(
             self._crew(),
@@ -88,7 +93,10 @@ class Kernels:
             eps,
         )
         if failed:
-            raise MemoryError(f"no memory to sum the gradients of {sum(map(len, ids))} rows")
+            number = sum(map(len, ids))
+            raise MemoryError(
+                f"the gradients of {number:,} rows cannot be summed: no memory, or more than 2^31"
+            )
 
     def hide(self, scores: Tensor, true_ids: Tensor, ids: Tensor, chunk_size: int) -> None:
         """scores (n, K) become −∞ where true_ids (n,) is that of the chunk's candidate, ids
@@ -96,6 +104,8 @@ class Kernels:
         """
         assert _is_plain(scores)
         assert all(_is_plain(one, torch.int64) for one in (true_ids, ids))
+        assert true_ids.shape == scores.shape[:1]
+        assert ids.shape == (-(-len(true_ids) // chunk_size), scores.shape[1])
         self._library.tml_hide(
             self._crew(), scores.data_ptr(), *scores.shape, true_ids.data_ptr(), ids.data_ptr(),
             chunk_size,
@@ -109,6 +119,7 @@ class Kernels:
         1.
         """
         assert all(map(_is_plain, (scores, positive, share)))
+        assert positive.shape == share.shape == scores.shape[:1]
         loss, d_positive = torch.empty_like(positive), torch.empty_like(positive)
         self._library.tml_softmax(
             self._crew(), scores.data_ptr(), *scores.shape, positive.data_ptr(), share.data_ptr(),
@@ -124,6 +135,7 @@ class Kernels:
         """
         assert all(map(_is_plain, (lhs, rhs, offsets)))
         assert _is_plain(relation, torch.int64)
+        assert lhs.shape == rhs.shape == (len(relation), offsets.shape[1])
         moved = torch.empty_like(lhs)
         with_offset, without = lhs.new_empty(len(lhs)), lhs.new_empty(len(lhs))
         given = (lhs, rhs, offsets, relation, moved, with_offset, without)
@@ -148,6 +160,8 @@ class Kernels:
         plain = (lhs, rhs, offsets, d_with_offset, d_without, d_lhs, d_rhs)
         assert all(map(_is_plain, plain))
         assert _is_plain(relation, torch.int64)
+        assert lhs.shape == rhs.shape == d_lhs.shape == d_rhs.shape
+        assert len(relation) == len(lhs) == len(d_with_offset) == len(d_without)
         begins = torch.ones(len(lhs), dtype=torch.bool)
         torch.ne(relation[1:], relation[:-1], out=begins[1:])
         begins[::ROWS_A_PART] = True
