@@ -29,6 +29,7 @@ from tml.data import flight
 from tml.data.parquet import Columns, Position
 from tml.distributed import Job
 from tml.embeddings import ArrayRows, build_tables
+from tml.train import StopSignal
 
 JOB = Job(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 ALL = DataConfig(data_root="x", all_negatives=True)
@@ -338,7 +339,7 @@ def test_the_validation_loss_is_that_of_the_passes_of_training(
     with torch.no_grad():
         sums = [(model(batch, data).item(), batch.num_edges_all) for batch, _ in passes]
     expected = sum(value for value, _ in sums) / sum(count for _, count in sums)
-    found = _validate(config, config.validation_data, layout, JOB, model)
+    found = _validate(config, config.validation_data, layout, JOB, model, StopSignal())
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
