@@ -7,6 +7,7 @@ The images made here have names of their own; local/torch is left alone.
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_an_image_is_current_until_its_inputs_change(checkout: Path, client: Any
     assert before not in [found["Id"] for found in client.images(all=True)]
 
 
+@pytest.mark.usefixtures("remove_images")
+def test_two_builds_at_once_take_turns_and_the_second_finds_it_built(
+    checkout: Path, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor() as pool:
+        both = [
+            pool.submit(build.build_image, client, checkout, "cpu", even_if_current=False)
+            for _ in range(2)
+        ]
+        for one in both:
+            one.result()
+    assert caplog.text.count("another build is running on this machine") == 1
+    assert caplog.text.count(f"built {NAME}:cpu in") == 1
+
+
 def test_a_failing_build_shows_the_last_lines_of_the_step_and_leaves_nothing(
     checkout: Path, client: Any
 ) -> None:
@@ -116,7 +133,7 @@ def test_a_failing_build_ends_run_with_a_message_and_no_traceback(bare_launcher:
     (bare_launcher.base / "requirements" / "install.sh").write_text("echo the cause; exit 3\n")
     done = bare_launcher("run", "standin")
     assert done.returncode == 125
-    assert "tml: building local/torch (its inputs changed)" in done.stderr
+    assert "tml: building local/torch (its inputs changed); --no-build takes" in done.stderr
     assert "tml: image local/torch was not built" in done.stderr
     assert "the cause" in done.stderr
     assert "Traceback" not in done.stderr

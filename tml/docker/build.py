@@ -4,6 +4,7 @@ Builds go through the engine's classic builder, which is what docker-py speaks; 
 builds with BuildKit, from the .build/ folder that `stage` writes.
 """
 
+import fcntl
 import io
 import logging
 import os
@@ -19,7 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tml.docker.errors import LauncherError
-from tml.docker.image import LABEL_INPUTS, TARGETS, build_arguments, hash_inputs, input_files
+from tml.docker.image import (
+    LABEL_INPUTS,
+    TARGETS,
+    build_arguments,
+    built_from,
+    hash_inputs,
+    input_files,
+)
 from tml.docker.pip_settings import Offer, make_offer, read_pins, read_pip_settings
 from tml.docker.plan import IMAGES, Variant
 from tml.machines import environment
@@ -34,16 +42,49 @@ STAGE_LABEL = "tml.stage=deps"
 STAGED = ".build"
 """Folder of the checkout that offers wheels and pip's settings to BuildKit; git ignores it."""
 LAST_LINES = 20
+LOCK = "tml-build.lock"
+"""In the folder of temporary files."""
 
 
-def build_image(client: "APIClient", checkout: Path, variant: Variant) -> None:
-    """Build the image of `variant`; for dev also the runtime image, whose large layer it shares."""
+def build_image(
+    client: "APIClient", checkout: Path, variant: Variant, *, even_if_current: bool = True
+) -> None:
+    """Build the image of `variant`; for dev also the runtime image, whose large layer it shares.
+
+    One at a time on a machine: at its end a build removes the stages without a name, which another
+    one would still copy from.
+    """
     offer = host_offer(checkout, variant)
+    with _alone():
+        if not even_if_current and built_from(client, variant) == hash_inputs(checkout, variant):
+            return  # another process has built it meanwhile
+        try:
+            for part in ("cpu", "dev") if variant == "dev" else (variant,):
+                _build_one(client, checkout, part, offer)
+        finally:
+            _remove_leftovers(client)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other process of this machine builds."""
+    path = Path(tempfile.gettempdir()) / LOCK
     try:
-        for part in ("cpu", "dev") if variant == "dev" else (variant,):
-            _build_one(client, checkout, part, offer)
+        # Whoever comes first makes it, for everybody; others may open it though not make it anew.
+        lock = os.open(path, os.O_RDONLY if path.exists() else os.O_RDONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        logger.debug("no lock %s: %s", path, error)
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another build is running on this machine: waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
-        _remove_leftovers(client)
+        os.close(lock)
 
 
 def host_offer(checkout: Path, variant: Variant) -> Offer:

@@ -322,10 +322,11 @@ def _ensure_image(
             if there is None
             else "its inputs changed"
         )
-        logging.info("building %s (%s)", name, why)
+        spared = "; --no-build takes the one that is there" if why == "its inputs changed" else ""
+        logging.info("building %s (%s)%s", name, why, spared)
         from tml.docker.build import build_image
 
-        build_image(client, checkout, variant)
+        build_image(client, checkout, variant, even_if_current=policy == "always")
     elif say_current:
         logging.info("image %s is current", name)
 
