@@ -148,7 +148,9 @@ def read_edges(paths: Sequence[Path], options: Options) -> pl.DataFrame:
 
 def _read_file(path: Path, options: Options) -> pl.DataFrame:
     if not path.is_file():
-        raise PrepareError(f"input {path}: there is no such file; check the path")
+        raise PrepareError(
+            f"input {path}: there is no such file; check the path{container.outside(path)}"
+        )
     kind = _format_of(path, options.format)
     try:
         if kind == "adjacency":

@@ -70,7 +70,7 @@ def _retrieval_table(report: Report) -> RenderableType:
 
 def _titled(title: str, report: Report, table: Table) -> RenderableType:
     hidden = len(report["relations"]) - MAX_ROWS_SHOWN
-    note = f"… {hidden} more relations in metrics.json" if hidden > 0 else ""
+    note = f"… {hidden} more relations; evaluate --json lists all" if hidden > 0 else ""
     return layout.titled(title, table, report["protocol"], note)
 
 

@@ -172,8 +172,9 @@ class Validation:
     def _farewell(self, found: Best) -> str:
         assert found.step is not None
         assert found.value is not None
+        plural = "" if found.waited == 1 else "s"
         return (
-            f"no better validation {self._goal} for {found.waited} validations (best "
+            f"no better validation {self._goal} for {found.waited} validation{plural} (best "
             f"{_short(found.value)} at step {found.step:,}): training ends"
         )
 

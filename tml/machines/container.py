@@ -35,8 +35,8 @@ def outside(path: Path) -> str:
     if not vanishes(path):
         return ""
     return (
-        "; in the container, ~/tmp is /root/tmp, and other folders are there only below the "
-        "checkout or where the launcher's --mount names them"
+        "; in the container, ~/tmp is /root/tmp, /data is what the launcher's --data names, and "
+        "other folders are there only below the checkout or where its --mount names them"
     )
 
 
