@@ -97,17 +97,16 @@ def until() -> Callable[..., Any]:
 
 @pytest.fixture
 def bare_launcher(tmp_path: Path) -> Launcher:
-    """A launcher that needs no engine; its checkout has the real Dockerfile and requirements, and
-    kernels that need no compiler.
+    """A launcher that needs no engine. Its checkout has what the real image is made of: any other
+    Dockerfile, requirement or kernel, and each `run` would build the image anew.
     """
     base, home = tmp_path / "checkout", tmp_path / "home"
     home.mkdir()
     base.mkdir()
     shutil.copy(REPOSITORY / "Dockerfile", base)
     shutil.copytree(REPOSITORY / "requirements", base / "requirements")
-    (base / "tml" / "native").mkdir(parents=True)
-    for name in ("build.py", "rows.c"):
-        (base / "tml" / "native" / name).touch()
+    native = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "tml" / "native", base / "tml" / "native", ignore=native)
     launcher = Launcher(base, home)
     launcher.script("true\n")
     return launcher
