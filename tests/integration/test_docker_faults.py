@@ -61,7 +61,9 @@ class Job:
     def prepare(self) -> None:
         """A checkout that can train, and a small graph that takes for ever."""
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / "tml", self.launcher.base / "tml", ignore=ignored)
+        shutil.copytree(
+            REPOSITORY / "tml", self.launcher.base / "tml", ignore=ignored, dirs_exist_ok=True
+        )
         projects = self.launcher.base / "projects"
         projects.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / "projects" / "__init__.py", projects)
