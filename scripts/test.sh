@@ -35,8 +35,8 @@ shared_out=(--dist loadfile --no-loadscope-reorder)
 check "tests without an engine" "$python" -m pytest -m "not docker" -n 2 "${shared_out[@]}" "$@"
 check "types" wait_for_types
 if ((engine)); then check "image" "$python" -m tml.docker build; fi
-# Three at a time: they mostly wait for containers, and each process has a stand-in project of its own.
-check "tests with an engine" "$python" -m pytest -m docker -n 3 "${shared_out[@]}" "$@"
+# Two at a time: each process has a stand-in project of its own.
+check "tests with an engine" "$python" -m pytest -m docker -n 2 "${shared_out[@]}" "$@"
 
 status=0
 if ((${#failed[@]})); then

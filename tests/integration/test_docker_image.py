@@ -34,6 +34,8 @@ echo "variant $2 ${{3:-}}"
 def checkout(bare_launcher: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkout whose images have other names, on a host whose pip has much to offer."""
     base: Path = bare_launcher.base
+    # Builds of other tests may take minutes: those here do not wait for them.
+    monkeypatch.setattr(build, "LOCK", f"tml-build-{tmp_path.name}.lock")
     for kernel in (base / "tml" / "native").iterdir():
         kernel.write_text("")  # to compile them would take a compiler, half a minute to install
     (base / "requirements" / "install.sh").write_text(INSTALLER)
@@ -133,7 +135,7 @@ def test_a_failing_build_shows_the_last_lines_of_the_step_and_leaves_nothing(
 
 def test_a_failing_build_ends_run_with_a_message_and_no_traceback(bare_launcher: Any) -> None:
     (bare_launcher.base / "requirements" / "install.sh").write_text("echo the cause; exit 3\n")
-    done = bare_launcher("run", "standin")
+    done = bare_launcher("run", "standin", TMPDIR=str(bare_launcher.home))  # a lock of its own
     assert done.returncode == 125
     assert "tml: building local/torch (its inputs changed); --no-build takes" in done.stderr
     assert "tml: image local/torch was not built" in done.stderr
